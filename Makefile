@@ -1,0 +1,59 @@
+# `make` lists the verbs. Each one that runs Python makes .venv and installs into it first.
+#
+# Which torch: without an NVIDIA GPU, 2.13.0; with one, the newest CUDA build. To be sure of the (much smaller) CPU
+# build, point pip at where it is offered:
+#   make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1; ls /dev/nvidia0 2>/dev/null)
+TORCH ?= $(if $(GPU),torch>=2.6,torch==2.13.0)
+TORCH_INDEX ?=
+
+# DeepSpeed looks for ninja on the path when it compiles its communication for several CPU ranks.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+help:
+	@echo 'make demo    train a small BLIP on emoji pictures and test it on a vendor it never saw (runs/emoji)'
+	@echo 'make test    run the tests'
+	@echo 'make seeds   the demo over three seeds, and a summary'
+	@echo 'make bench   run the benchmarks'
+	@echo 'make lint    check style and formatting'
+	@echo 'make clean   remove .venv and what was built; data/ and runs/ stay'
+
+demo: $(VENV)/installed
+	$(VENV)/bin/blipfast data emoji data/emoji
+	$(VENV)/bin/deepspeed blipfast/train.py --config configs/emoji.yaml
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest
+
+seeds: $(VENV)/installed
+	$(VENV)/bin/blipfast data emoji data/emoji
+	$(VENV)/bin/python benchmarks/emoji_seeds.py
+
+bench: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest benchmarks/ --benchmark-only
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first because DeepSpeed's setup.py imports it, which is also why nothing is built in isolation.
+$(VENV)/installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)' numpy || $(PIP) 'torch>=2.6' numpy
+	$(PIP) 'setuptools>=70' wheel ninja packaging psutil py-cpuinfo
+	$(PIP) --no-build-isolation -e '.[train,plot,fast]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --no-build-isolation -e '.[train,plot,fast,dev]'
+	touch $@
+
+.PHONY: help demo test seeds bench lint clean

@@ -1,0 +1,99 @@
+"""What every benchmark shares: contenders run in turn in one process, and a CSV row for each, with versions.
+
+Run with `pytest benchmarks/ --benchmark-only`; results go to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from statistics import quantiles
+
+import pytest
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "pillow", "simplejpeg", "numpy")
+
+
+@pytest.fixture
+def one_thread():
+    """Figures are for one core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def contest(benchmark, capsys):
+    """Time contenders, alternating, and report each against the first: contest(name, {label: function}, per=items).
+
+    Every round runs every contender once, so that a busy machine slows all of them alike. Prints items per second
+    (median, 20 % and 80 % quantiles) and the ratio of each round's times to the first contender's; writes
+    results/NAME.csv; returns {label: median ratio}.
+    """
+
+    def run(
+        name: str, contenders: dict[str, Callable[[], object]], per: int, rounds: int = 40
+    ) -> dict[str, float]:
+        times: dict[str, list[float]] = {label: [] for label in contenders}
+
+        def one_round() -> None:
+            for label, contender in contenders.items():
+                start = time.perf_counter()
+                contender()
+                times[label].append(time.perf_counter() - start)
+
+        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=2)
+        times = {label: values[2:] for label, values in times.items()}  # without the warm-up
+        base = times[next(iter(contenders))]
+        rows, ratios = [], {}
+        for label, own in times.items():
+            rate = spread([per / t for t in own])
+            ratio = spread([b / t for b, t in zip(base, own, strict=True)])
+            ratios[label] = ratio[1]
+            rows.append([name, label, *(f"{value:.4g}" for value in (*rate, *ratio)), *versions().values()])
+            with capsys.disabled():
+                print(f"\n  {label:32s} {rate[1]:7.0f}/s ({rate[0]:.0f} to {rate[2]:.0f})", end="")
+                print(f"   x{ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})", end="")
+        rate_names = [f"{kind}_{q}" for kind in ("per_second", "ratio") for q in ("p20", "p50", "p80")]
+        write(name, ["benchmark", "contender", *rate_names, *versions()], rows)
+        benchmark.extra_info.update({f"ratio {label}": round(ratio, 2) for label, ratio in ratios.items()})
+        return ratios
+
+    return run
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """20 %, 50 % and 80 % quantiles."""
+    tenths = quantiles(values, n=10)
+    return tenths[1], tenths[4], tenths[7]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on, and the commit ("" outside a git repository)."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "none"
+    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found | {
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() if not commit.returncode else "",
+    }
+
+
+def write(name: str, header: list[str], rows: list[list[str]]) -> None:
+    """Write results/NAME.csv."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])

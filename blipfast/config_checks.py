@@ -1,0 +1,129 @@
+"""What values settings may have, and which of them contradict each other."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blipfast.config import Config, ModelConfig
+
+Report = Callable[[str, str], None]
+
+_CHOICES = {
+    "task": ("pretrain",),
+    "loss.duplicates": ("negative", "positive"),
+    "data.format": ("auto", "pairs", "folder", "shards", "coco", "flickr30k"),
+    "data.randaugment": ("official", "strong", "none"),
+    "data.background": ("white", "black", "random"),
+    "train.optimizer": ("adamw", "deepspeed", "apex"),
+    "train.schedule": ("step", "cosine", "warmup_cosine"),
+    "train.precision": ("fp32", "bf16"),
+}
+
+# (lowest, highest, whether the lowest itself is refused): the settings it holds for
+_RANGES = {
+    (1, math.inf, False): """
+        model.image_size model.embed_dim model.queue_size data.max_words train.epochs train.batch_size
+        train.accumulation train.log_every train.keep_checkpoints evaluate.batch_size evaluate.k_test
+        evaluate.num_beams evaluate.max_length""",
+    (3, math.inf, False): "data.max_tokens",  # [CLS], one token, [SEP]
+    (0, math.inf, False): """
+        seed model.vit_ckpt_layer loss.itc loss.itm loss.lm loss.mlm loss.alpha_ramp_epochs data.samples_per_epoch
+        data.workers data.noise train.max_steps train.min_lr train.warmup_lr train.warmup_steps train.weight_decay
+        train.grad_clip train.save_every train.evaluate_every evaluate.min_length evaluate.gallery""",
+    (0, math.inf, True): """
+        loss.temperature loss.temperature_min loss.temperature_max train.lr train.eps""",
+    (0, 1, False): """
+        model.momentum loss.alpha loss.label_smoothing loss.mlm_probability data.flip data.word_dropout
+        data.word_swap""",
+    (0, 1, True): "data.min_scale train.lr_decay_rate",
+}
+
+
+def check(config: Config, report: Report) -> None:
+    """Report what no run could use: values outside their range, settings that contradict each other.
+
+    `report(name, message)` is called once a problem.
+    """
+
+    def value_of(name: str) -> Any:
+        section, _, key = name.rpartition(".")
+        return getattr(getattr(config, section) if section else config, key)
+
+    for name, choices in _CHOICES.items():
+        if value_of(name) not in choices:
+            report(name, f"{name} is {show(value_of(name))}; expected one of {', '.join(choices)}.")
+    for (low, high, open_below), names in _RANGES.items():
+        expected = ("above" if open_below else "at least") + f" {low}"
+        expected += f" and at most {high}" if high < math.inf else ""
+        for name in names.split():
+            value = value_of(name)
+            if not low <= value <= high or (open_below and value == low):
+                report(name, f"{name} is {value}; expected {expected}.")
+    check_model(config.model, report)
+    loss, train, evaluate = config.loss, config.train, config.evaluate
+    if not any((loss.itc, loss.itm, loss.lm, loss.mlm)):
+        report("loss", "loss.itc, loss.itm, loss.lm and loss.mlm are all 0, so nothing would train.")
+    if not loss.temperature_min <= loss.temperature <= loss.temperature_max:
+        report(
+            "loss.temperature",
+            f"loss.temperature is {loss.temperature}, outside loss.temperature_min {loss.temperature_min}"
+            f" to loss.temperature_max {loss.temperature_max}.",
+        )
+    if train.min_lr > train.lr:
+        report("train.min_lr", f"train.min_lr {train.min_lr} is above train.lr {train.lr}.")
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        report("train.betas", f"train.betas is {train.betas}; expected two numbers from 0 to below 1.")
+    if evaluate.min_length > evaluate.max_length:
+        report(
+            "evaluate.min_length",
+            f"evaluate.min_length {evaluate.min_length} is above evaluate.max_length {evaluate.max_length}.",
+        )
+    hook = config.data.text_hook
+    if hook and not re.fullmatch(r"[\w.]+:\w+", hook):
+        report("data.text_hook", f"data.text_hook is {show(hook)}; expected package.module:function.")
+
+
+def check_model(model: ModelConfig, report: Report) -> None:
+    """Report an image encoder that cannot be built. `model.vit` as a mapping needs width, depth and heads."""
+    vit = model.vit
+    sizes = {"patch_size": 16}
+    if isinstance(vit, dict):
+        sizes |= {key: size for key, size in vit.items() if key != "drop_path"}
+        if set(sizes) != {"width", "depth", "heads", "patch_size"}:
+            report(
+                "model.vit", f"model.vit is {show(vit)}; expected width, depth, heads, patch_size, drop_path."
+            )
+            return
+        if not all(type(size) is int and size > 0 for size in sizes.values()):
+            report("model.vit", f"model.vit is {show(vit)}; expected positive whole numbers.")
+            return
+        drop_path = vit.get("drop_path", 0.0)
+        if type(drop_path) not in (int, float) or not 0 <= drop_path < 1:
+            report("model.vit.drop_path", f"model.vit.drop_path is {show(drop_path)}; expected 0 to below 1.")
+        if sizes["width"] % sizes["heads"]:
+            report(
+                "model.vit", f"model.vit.width {sizes['width']} is no multiple of its heads {sizes['heads']}."
+            )
+    elif vit not in ("base", "large"):
+        report(
+            "model.vit",
+            f"model.vit is {show(vit)}; expected base, large or {{width, depth, heads, patch_size}}.",
+        )
+    if model.image_size % sizes["patch_size"]:
+        message = (
+            f"model.image_size {model.image_size} is no multiple of the patch size {sizes['patch_size']}."
+        )
+        report("model.image_size", message)
+    if not isinstance(model.med_config, str | dict):
+        message = f"model.med_config is {show(model.med_config)}; expected a path or a mapping."
+        report("model.med_config", message)
+
+
+def show(value: Any) -> str:
+    """A value as the user would recognise it, cut short."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,175 @@
+"""Reading annotation files: official JSON lists, JSONL, and folders of pictures with a text file beside each.
+
+Every reader is a generator of `Record`s and checks each line as it passes, so a bad one is found on opening.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PICTURES = frozenset(".jpg .jpeg .jpe .png .webp .gif .bmp .tif .tiff .avif .ppm".split())
+SIDECARS = (".txt", ".caption")
+KARPATHY_FILES = {"coco": "coco_karpathy", "flickr30k": "flickr30k"}
+FORMATS = ("auto", "pairs", "folder", "shards", *KARPATHY_FILES)
+_EXPECTED = 'Each entry needs {"image": path, "caption": text}'
+_CHUNK = 1 << 20  # characters
+_LONGEST_ENTRY = 1 << 24
+_SEPARATORS = re.compile(r"[\s,]*")
+
+logger = logging.getLogger(__name__)
+
+
+class Record(NamedTuple):
+    """A picture with its captions: `image` is a path on this machine, `image_id` what the file gives, if anything."""
+
+    image: str
+    captions: list[str]
+    image_id: str | int | None
+
+
+def read_source(
+    source: str, image_root: str = "", format: str = "auto", split: str = "train"
+) -> Iterator[Record]:
+    """Read one source, told by `format` or, for "auto", by what is there: a folder, a JSON list, JSON lines.
+
+    Paths of pictures are relative to `image_root`, or else to the folder of the annotation file. For "coco" and
+    "flickr30k" the source may be the folder that holds the Karpathy files; `split` then says which.
+    Raises FileNotFoundError, or ValueError naming the file and line.
+    """
+    path = Path(source).expanduser()
+    if format in KARPATHY_FILES and path.is_dir():
+        path = path / f"{KARPATHY_FILES[format]}_{split}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder. Check data.train and data.test.")
+    if image_root and not Path(image_root).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"{image_root}: there is no such folder. Set data.image_root to where the pictures are."
+        )
+    if format == "folder" or (format == "auto" and path.is_dir()):
+        return _read_folder(path)
+    if path.is_dir():
+        raise ValueError(f'{path}: a folder, but data.format "{format}" needs a .json or .jsonl file.')
+    root = Path(image_root).expanduser() if image_root else path.parent
+    return _read_annotations(path, str(root))
+
+
+def _read_annotations(path: Path, root: str) -> Iterator[Record]:
+    start = _first_character(path)
+    if start not in ("[", "{"):
+        raise ValueError(f"{path}: expected a JSON list or JSON lines, but the file starts with {start!r}.")
+    try:
+        for line, entry in _json_list(path) if start == "[" else _json_lines(path):
+            yield _record(entry, f"{path}:{line}", root)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
+
+
+def _first_character(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not head:
+        raise ValueError(f"{path}: the file is empty. {_EXPECTED}.")
+    return head[:1].decode("latin-1")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number}: not valid JSON ({error.msg}). {_EXPECTED}, one a line."
+                ) from None
+
+
+def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
+    """Entries of a JSON list with their lines, decoded as the file streams by: the lists of BLIP are gigabytes."""
+    decode = json.JSONDecoder().raw_decode
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read(_CHUNK)
+        position, line = text.index("[") + 1, 1
+        counted = 0  # lines are counted up to here
+        while True:
+            position = _SEPARATORS.match(text, position).end()
+            line += text.count("\n", counted, position)
+            counted = position
+            if text.startswith("]", position):
+                return
+            try:
+                entry, end = decode(text, position)
+            except json.JSONDecodeError as error:  # or cut off by the end of the chunk
+                more = file.read(_CHUNK) if len(text) - position < _LONGEST_ENTRY else ""
+                if not more:
+                    why = error.msg if position < len(text) else "the list has no end; is the file truncated?"
+                    raise ValueError(f"{path}:{line}: not valid JSON ({why}). {_EXPECTED}.") from None
+                text, position, counted = text[position:] + more, 0, 0
+                continue
+            yield line, entry
+            position = end
+
+
+def _record(entry: Any, where: str, root: str) -> Record:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object, not {type(entry).__name__}. {_EXPECTED}.")
+    if "images" in entry and "annotations" in entry:
+        raise ValueError(
+            f"{where}: this is COCO's own annotation format; expected Karpathy's list. {_EXPECTED}."
+        )
+    for key in ("image", "caption"):
+        if entry.get(key) in (None, "", []):
+            raise ValueError(f'{where}: "{key}" is {"empty" if key in entry else "missing"}. {_EXPECTED}.')
+    image, captions, image_id = entry["image"], entry["caption"], entry.get("image_id")
+    captions = captions if isinstance(captions, list) else [captions]
+    if not isinstance(image, str):
+        raise ValueError(f'{where}: "image" should be a path, not {type(image).__name__}. {_EXPECTED}.')
+    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise ValueError(
+            f'{where}: "caption" should be text, or a list of texts, none of them empty. {_EXPECTED}.'
+        )
+    if not isinstance(image_id, str | int | None):
+        raise ValueError(f'{where}: "image_id" should be a number or text, not {type(image_id).__name__}.')
+    return Record(os.path.join(root, image), captions, image_id)
+
+
+def _read_folder(folder: Path) -> Iterator[Record]:
+    """Pictures below `folder`, in the order of their paths, with the text in the .txt or .caption file beside each."""
+    pictures = bare = 0
+    for directory, subfolders, names in os.walk(folder):
+        subfolders.sort()
+        present = set(names)
+        for name in sorted(names):
+            stem, extension = os.path.splitext(name)
+            if extension.lower() not in PICTURES:
+                continue
+            pictures += 1
+            sidecar = next((stem + s for s in SIDECARS if stem + s in present), None)
+            if sidecar is None:
+                bare += 1
+                continue
+            yield Record(os.path.join(directory, name), [_sidecar_text(Path(directory, sidecar))], None)
+    if pictures == bare:
+        what = f"none of its {pictures} pictures has" if pictures else "holds no pictures with"
+        raise ValueError(f"{folder}: {what} a caption file (.txt or .caption, same name) beside it.")
+    if bare:
+        logger.warning("%s: %d of %d pictures have no caption file and are left out.", folder, bare, pictures)
+
+
+def _sidecar_text(path: Path) -> str:
+    try:
+        text = " ".join(path.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
+    if not text:
+        raise ValueError(
+            f"{path}: the caption is empty. Write one, or remove the file to leave the picture out."
+        )
+    return text

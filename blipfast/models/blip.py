@@ -1,0 +1,176 @@
+"""BLIP as feature extractor and as captioner; the factories and helpers that the other models share.
+
+Drop-in for official `models/blip.py`: same names, arguments, defaults, forward modes and return values.
+Beyond them, `vit` may be a mapping {width, depth, heads, patch_size}, `med_config` a mapping of BERT keys, and
+`tokenizer` another tokenizer than bert-base-uncased.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blipfast.text import init_tokenizer
+
+from .checkpoint import is_url, load_checkpoint
+from .generation import generate
+from .med import BertConfig, BertLMHeadModel, BertModel
+from .vit import create_vit
+
+__all__ = [
+    "BLIP_Base",
+    "BLIP_Decoder",
+    "blip_decoder",
+    "blip_feature_extractor",
+    "create_vit",
+    "init_tokenizer",
+    "is_url",
+    "load_checkpoint",
+]
+
+
+def text_config(med_config, tokenizer, encoder_width: int) -> BertConfig:
+    """MED's settings for an image encoder of `encoder_width`, with one embedding for each of the tokenizer's ids."""
+    config = BertConfig.load(med_config)
+    config.encoder_width = encoder_width
+    config.vocab_size = len(tokenizer)
+    return config
+
+
+def start_with(input_ids: Tensor, token: int) -> Tensor:
+    """A copy whose first token, [CLS], is `token`: [ENC] for the image-grounded encoder, [DEC] for the decoder."""
+    input_ids = input_ids.clone()
+    input_ids[:, 0] = token
+    return input_ids
+
+
+class BLIP_Base(nn.Module):
+    """Feature extractor.
+
+    forward(image [B, 3, S, S], caption list of B strings, mode):
+    "image" -> image states [B, N, D_v]; "text" -> text states [B, T, D]; "multimodal" -> text states that have
+    looked at the image, [ENC] first. Captions of different lengths are padded (official BLIP fails on them).
+    """
+
+    def __init__(
+        self,
+        med_config="configs/med_config.json",
+        image_size=224,
+        vit="base",
+        vit_grad_ckpt=False,
+        vit_ckpt_layer=0,
+        *,
+        tokenizer=None,
+    ):
+        super().__init__()
+        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
+        self.tokenizer = tokenizer or init_tokenizer()
+        config = text_config(med_config, self.tokenizer, vision_width)
+        self.text_encoder = BertModel(config, add_pooling_layer=False)
+
+    def forward(self, image: Tensor | None, caption: list[str] | None, mode: str) -> Tensor:
+        if mode not in ("image", "text", "multimodal"):
+            raise ValueError(f'mode must be "image", "text" or "multimodal", got {mode!r}.')
+        if mode == "image":
+            return self.visual_encoder(image)
+        device = next(self.parameters()).device
+        text = self.tokenizer(caption, padding="longest", return_tensors="pt").to(device)
+        if mode == "text":
+            out = self.text_encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
+            return out.last_hidden_state
+        out = self.text_encoder(
+            start_with(text.input_ids, self.tokenizer.enc_token_id),
+            attention_mask=text.attention_mask,
+            encoder_hidden_states=self.visual_encoder(image),
+        )
+        return out.last_hidden_state
+
+
+class BLIP_Decoder(nn.Module):
+    """Captioner: forward(image, caption) -> LM loss; generate(image, ...) -> captions."""
+
+    def __init__(
+        self,
+        med_config="configs/med_config.json",
+        image_size=384,
+        vit="base",
+        vit_grad_ckpt=False,
+        vit_ckpt_layer=0,
+        prompt="a picture of ",
+        *,
+        tokenizer=None,
+    ):
+        super().__init__()
+        self.visual_encoder, vision_width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
+        self.tokenizer = tokenizer or init_tokenizer()
+        config = text_config(med_config, self.tokenizer, vision_width)
+        self.text_decoder = BertLMHeadModel(config)
+        self.prompt = prompt
+        self.prompt_length = len(self.tokenizer(prompt).input_ids) - 1
+
+    def forward(self, image: Tensor, caption: list[str]) -> Tensor:
+        """Label-smoothed LM loss, mean over the tokens after the prompt. Captions are cut at 40 tokens."""
+        image_embeds = self.visual_encoder(image)
+        text = self.tokenizer(
+            caption, padding="longest", truncation=True, max_length=40, return_tensors="pt"
+        ).to(image.device)
+        input_ids = start_with(text.input_ids, self.tokenizer.bos_token_id)
+        labels = input_ids.masked_fill(input_ids == self.tokenizer.pad_token_id, -100)
+        labels[:, : self.prompt_length] = -100
+        return self.text_decoder.lm_loss(
+            input_ids, labels, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        image: Tensor,
+        sample=False,
+        num_beams=3,
+        max_length=30,
+        min_length=10,
+        top_p=0.9,
+        repetition_penalty=1.0,
+        length_norm="with_prompt",
+    ) -> list[str]:
+        """Captions, by beam search or (`sample`) by nucleus sampling, the prompt taken off.
+
+        Lengths count the prompt's tokens. Official quirks, kept: sampling also applies top_k = 50 and always a
+        repetition penalty of 1.1; a beam's score is divided by its length with the prompt. length_norm="generated"
+        divides by the length without it, as transformers since 4.36.
+        """
+        prompt = self.tokenizer([self.prompt], return_tensors="pt").input_ids.to(image.device)
+        prompt = start_with(prompt, self.tokenizer.bos_token_id)[:, :-1].expand(len(image), -1)
+        ids = generate(
+            self.text_decoder,
+            prompt,
+            image_embeds=self.visual_encoder(image),
+            eos_token_id=self.tokenizer.sep_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            max_length=max_length,
+            min_length=min_length,
+            num_beams=1 if sample else num_beams,
+            sample=sample,
+            top_p=top_p,
+            repetition_penalty=1.1 if sample else repetition_penalty,
+            length_norm=length_norm,
+        )
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text[len(self.prompt) :] for text in texts]
+
+
+def blip_decoder(pretrained="", **kwargs) -> BLIP_Decoder:
+    """A captioner; `pretrained` is a file or URL, of which every weight of the captioner must be found."""
+    return load_complete(BLIP_Decoder(**kwargs), pretrained)
+
+
+def blip_feature_extractor(pretrained="", **kwargs) -> BLIP_Base:
+    """A feature extractor; `pretrained` is a file or URL, of which every weight of it must be found."""
+    return load_complete(BLIP_Base(**kwargs), pretrained)
+
+
+def load_complete(model: nn.Module, pretrained: str) -> nn.Module:
+    """Load `pretrained`, if given; ValueError if the model would keep random weights."""
+    if pretrained:
+        load_checkpoint(model, pretrained, allow_missing=False)
+    return model

@@ -1,0 +1,72 @@
+"""NLVR2, is the sentence true of the two pictures: drop-in for official `models/blip_nlvr.py`."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blipfast.text import init_tokenizer
+
+from .blip import start_with, text_config
+from .checkpoint import load_weights, read_state_dict
+from .nlvr_encoder import BertModel
+from .vit import create_vit
+
+
+class BLIP_NLVR(nn.Module):
+    """forward(image, text, targets, train): image [2 B, 3, S, S] holds all first pictures, then all second ones.
+
+    Returns the loss if `train`, else logits [B, 2] (class 1: true). `targets` [B] may be None in evaluation.
+    """
+
+    def __init__(
+        self,
+        med_config="configs/med_config.json",
+        image_size=480,
+        vit="base",
+        vit_grad_ckpt=False,
+        vit_ckpt_layer=0,
+        *,
+        tokenizer=None,
+    ):
+        super().__init__()
+        self.visual_encoder, width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate=0.1)
+        self.tokenizer = tokenizer or init_tokenizer()
+        config = text_config(med_config, self.tokenizer, width)
+        self.text_encoder = BertModel(config, add_pooling_layer=False)
+        hidden = config.hidden_size
+        self.cls_head = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2))
+
+    def forward(self, image: Tensor, text: list[str], targets: Tensor | None, train: bool = True) -> Tensor:
+        if len(image) != 2 * len(text):
+            raise ValueError(f"{len(text)} sentences need {2 * len(text)} pictures, got {len(image)}.")
+        encoding = self.tokenizer(text, padding="longest", return_tensors="pt").to(image.device)
+        out = self.text_encoder(
+            start_with(encoding.input_ids, self.tokenizer.enc_token_id),
+            attention_mask=encoding.attention_mask,
+            encoder_hidden_states=self.visual_encoder(image).chunk(2),
+        )
+        prediction = self.cls_head(out.last_hidden_state[:, 0])
+        return F.cross_entropy(prediction.float(), targets) if train else prediction
+
+
+def blip_nlvr(pretrained="", **kwargs) -> BLIP_NLVR:
+    """An NLVR2 model; of `pretrained`, what is missing is listed (the merge layers and the head may be)."""
+    model = BLIP_NLVR(**kwargs)
+    if pretrained:
+        load_weights(model, twin_weights(read_state_dict(pretrained)), source=pretrained)
+    return model
+
+
+def twin_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a one-image encoder, its cross-attention doubled for two images; others as they are."""
+    twins = {}
+    for key, value in state_dict.items():
+        for part in ("crossattention.self.", "crossattention.output.dense."):
+            if part in key:
+                for image in "01":
+                    twins[key.replace(part, f"{part[:-1]}{image}.")] = value
+                break
+        else:
+            twins[key] = value
+    return twins

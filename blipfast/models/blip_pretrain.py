@@ -1,0 +1,198 @@
+"""BLIP pre-training: ITC, ITM and LM over one image-text model. Drop-in for official `models/blip_pretrain.py`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blipfast.text import init_tokenizer
+
+from . import gather
+from .blip import start_with, text_config
+from .checkpoint import load_bert, load_vit
+from .med import BertLMHeadModel, BertModel
+from .momentum import MomentumModel, contrastive_loss, hard_negatives, matching_loss
+from .vit import create_vit
+
+
+class BLIP_Pretrain(MomentumModel):
+    """forward(image [B, 3, S, S], caption list of B strings, alpha) -> (loss_ita, loss_itm, loss_lm).
+
+    With `return_dict=True`: a mapping of those, of loss_mlm (if `mlm_probability` > 0), itm_accuracy and temperature.
+
+    `vit_init` and `bert_init` are files of DeiT/timm ViT and BERT weights to start from (official BLIP downloads
+    them); empty: random. `image_size` and `vit_init` must then agree.
+    duplicates: two pairs of a batch whose captions read the same are "negative" to each other (official), or
+    "positive": never an ITM negative, and a shared target in ITC, queue included.
+    negative_all_rank: contrastive keys and hard negatives come from all ranks instead of the own one.
+    """
+
+    saves_ids = False
+
+    def __init__(
+        self,
+        med_config="configs/bert_config.json",
+        image_size=224,
+        vit="base",
+        vit_grad_ckpt=False,
+        vit_ckpt_layer=0,
+        embed_dim=256,
+        queue_size=57600,
+        momentum=0.995,
+        *,
+        tokenizer=None,
+        vit_init="",
+        bert_init="",
+        max_tokens=30,
+        duplicates="negative",
+        negative_all_rank=False,
+        mlm_probability=0.0,
+        temperature=0.07,
+    ):
+        super().__init__()
+        if duplicates not in ("negative", "positive"):
+            raise ValueError(f'duplicates must be "negative" or "positive", got {duplicates!r}.')
+        self.tokenizer = tokenizer or init_tokenizer()
+        self.momentum, self.max_tokens = momentum, max_tokens
+        self.duplicates, self.negative_all_rank = duplicates, negative_all_rank
+        self.mlm_probability = mlm_probability
+
+        self.visual_encoder, width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, 0)
+        self.visual_encoder_m, _ = create_vit(vit, image_size)
+        config = text_config(med_config, self.tokenizer, width)
+        self.text_encoder = BertModel(config, add_pooling_layer=False)
+        self.text_encoder_m = BertModel(config, add_pooling_layer=False)
+        self.text_decoder = BertLMHeadModel(config)
+        self.vision_proj = nn.Linear(width, embed_dim)
+        self.text_proj = nn.Linear(config.hidden_size, embed_dim)
+        self.vision_proj_m = nn.Linear(width, embed_dim)
+        self.text_proj_m = nn.Linear(config.hidden_size, embed_dim)
+        self.itm_head = nn.Linear(config.hidden_size, 2)
+        if vit_init:
+            load_vit(self.visual_encoder, vit_init)
+        if bert_init:
+            load_bert(self.text_decoder, bert_init)
+            load_bert(self.text_encoder, bert_init)
+        tie_encoder_decoder_weights(self.text_encoder, self.text_decoder.bert, "", "/attention")
+        self.copy_params()
+        self.add_queues(embed_dim, queue_size, "queue_ptr")
+        self.temp = nn.Parameter(temperature * torch.ones([]))
+
+    def forward(self, image: Tensor, caption, alpha: float, return_dict: bool = False):
+        self.begin_forward()
+        B, device = len(image), image.device
+        text = self.tokenize(caption, device)
+        image_embeds = self.visual_encoder(image)
+        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        text_feat = self.text_features(self.text_encoder, self.text_proj, text)
+        with torch.no_grad():
+            image_feat_m = F.normalize(self.vision_proj_m(self.visual_encoder_m(image)[:, 0]), dim=-1).float()
+            text_feat_m = self.text_features(self.text_encoder_m, self.text_proj_m, text).float()
+
+        # ITC
+        caption_id = self.caption_id(text)
+        keys_i, keys_t, key_id = image_feat_m, text_feat_m, caption_id
+        if self.negative_all_rank:
+            keys_i, keys_t, key_id = (gather.concat_all_gather(x) for x in (keys_i, keys_t, key_id))
+        own = torch.arange(B, device=device) + (gather.rank() * B if self.negative_all_rank else 0)
+        same = F.one_hot(own, len(key_id)).bool()
+        if self.duplicates == "positive":
+            same = same | (caption_id[:, None] == key_id[None])
+            queued = caption_id[:, None] == self.idx_queue
+        else:
+            queued = torch.zeros(B, self.queue_size, dtype=torch.bool, device=device)
+        positives = torch.cat([same, queued], 1).float()
+        positives = positives / positives.sum(1, keepdim=True)
+        keys_i = torch.cat([keys_i.t(), self.image_queue.float()], 1)
+        keys_t = torch.cat([keys_t.t(), self.text_queue.float()], 1)
+        loss_i2t, sim_i2t = contrastive_loss(image_feat, image_feat_m, keys_t, positives, alpha, self.temp)
+        loss_t2i, sim_t2i = contrastive_loss(text_feat, text_feat_m, keys_i, positives, alpha, self.temp)
+        self.end_forward(image_feat_m, text_feat_m, caption_id)
+
+        # ITM: the pairs themselves, a hard text for every image, a hard image for every text
+        K = len(key_id)
+        with torch.no_grad():
+            text_negative, has_text = hard_negatives(sim_i2t[:, :K].softmax(1) + 1e-4, same)
+            image_negative, has_image = hard_negatives(sim_t2i[:, :K].softmax(1) + 1e-4, same)
+        images, ids, mask = image_embeds, text.input_ids, text.attention_mask
+        if self.negative_all_rank:
+            images = gather.all_gather_with_grad(image_embeds)
+            ids, mask = gather.concat_all_gather(ids), gather.concat_all_gather(mask)
+        rows = torch.cat([own, text_negative, own])
+        out = self.text_encoder(
+            start_with(ids[rows], self.tokenizer.enc_token_id),
+            attention_mask=mask[rows],
+            encoder_hidden_states=images,
+            encoder_index=torch.cat([own, own, image_negative]),
+        )
+        match = torch.cat([torch.ones(B, dtype=torch.long), torch.zeros(2 * B, dtype=torch.long)]).to(device)
+        counts = torch.cat([torch.ones_like(has_text), has_text, has_image])
+        loss_itm, accuracy = matching_loss(self.itm_head(out.last_hidden_state[:, 0]), match, counts)
+
+        # LM
+        ids = start_with(text.input_ids, self.tokenizer.bos_token_id)
+        labels = ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
+        loss_lm = self.text_decoder.lm_loss(
+            ids, labels, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
+        )
+        losses = {"loss_ita": (loss_i2t + loss_t2i) / 2, "loss_itm": loss_itm, "loss_lm": loss_lm}
+        if not return_dict:
+            return tuple(losses.values())
+        if self.mlm_probability:
+            losses["loss_mlm"] = self.mlm_loss(text, image_embeds)
+        return losses | {"itm_accuracy": accuracy, "temperature": self.temp.detach().clone()}
+
+    def tokenize(self, caption, device):
+        """Ids and mask of a list of captions. Padding stops at the longest, unless ranks must agree on the shape."""
+        padding = "max_length" if self.negative_all_rank and gather.world_size() > 1 else "longest"
+        return self.tokenizer(
+            caption, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(device)
+
+    @staticmethod
+    def text_features(encoder: nn.Module, projection: nn.Module, text) -> Tensor:
+        out = encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
+        return F.normalize(projection(out.last_hidden_state[:, 0]), dim=-1)
+
+    def caption_id(self, text) -> Tensor:
+        """A number for each caption [B] int64, equal for equal captions (a polynomial hash of the token ids)."""
+        powers = torch.tensor([pow(1_000_003, i, 2**31) for i in range(text.input_ids.shape[1])])
+        tokens = text.input_ids * text.attention_mask
+        return (tokens * powers.to(tokens.device)).sum(1)
+
+    def mlm_loss(self, text, image_embeds: Tensor) -> Tensor:
+        """Masked language modelling by the image-grounded encoder and the decoder's head.
+
+        15 % (`mlm_probability`) of the word tokens are predicted; of them 80 % read [MASK], 10 % a random token, 10 %
+        themselves. Not in BLIP's paper; the objective is BERT's and ALBEF's.
+        """
+        ids = start_with(text.input_ids, self.tokenizer.enc_token_id)
+        words = text.attention_mask.bool() & (ids != self.tokenizer.sep_token_id)
+        words[:, 0] = False
+        chosen = (torch.rand(ids.shape, device=ids.device) < self.mlm_probability) & words
+        draw = torch.rand(ids.shape, device=ids.device)
+        random_ids = torch.randint_like(ids, len(self.tokenizer))
+        masked = torch.where(chosen & (draw < 0.8), self.tokenizer.mask_token_id, ids)
+        masked = torch.where(chosen & (draw >= 0.8) & (draw < 0.9), random_ids, masked)
+        out = self.text_encoder(masked, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds)
+        logits = self.text_decoder.cls(out.last_hidden_state[chosen])
+        return F.cross_entropy(logits.float(), ids[chosen], reduction="sum") / chosen.sum().clamp_min(1)
+
+
+def blip_pretrain(**kwargs) -> BLIP_Pretrain:
+    return BLIP_Pretrain(**kwargs)
+
+
+def tie_encoder_decoder_weights(encoder: nn.Module, decoder: nn.Module, base_model_prefix: str, skip_key: str) -> None:
+    """Let `encoder` use the decoder's weights wherever a module's path does not contain `skip_key`.
+
+    With skip_key="/attention", as BLIP calls it, everything is shared but self-attention: "/crossattention" does not
+    contain it. Source: official `blip_pretrain.py`.
+    """
+    parts = dict(encoder.named_modules())
+    for name, module in decoder.named_modules():
+        if skip_key in f"{base_model_prefix}/{name.replace('.', '/')}":
+            continue
+        for key in module._parameters:
+            setattr(parts[name], key, getattr(module, key))

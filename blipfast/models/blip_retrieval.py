@@ -1,0 +1,125 @@
+"""Fine-tuning for retrieval: ITC and ITM with image ids. Drop-in for official `models/blip_retrieval.py`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blipfast.text import init_tokenizer
+
+from . import gather
+from .blip import start_with, text_config
+from .checkpoint import load_checkpoint
+from .gather import GatherLayer, all_gather_with_grad, concat_all_gather
+from .med import BertModel
+from .momentum import MomentumModel, contrastive_loss, hard_negatives, matching_loss
+from .vit import create_vit
+
+__all__ = ["BLIP_Retrieval", "GatherLayer", "all_gather_with_grad", "blip_retrieval", "concat_all_gather"]
+
+
+class BLIP_Retrieval(MomentumModel):
+    """forward(image [B, 3, S, S], caption, alpha, idx [B] image ids) -> (loss_ita, loss_itm).
+
+    Pairs with equal idx are positives of each other in ITC, queue included, and never ITM negatives.
+    negative_all_rank: hard negatives come from all ranks; contrastive keys are the own rank's and the queue's.
+    """
+
+    def __init__(
+        self,
+        med_config="configs/med_config.json",
+        image_size=384,
+        vit="base",
+        vit_grad_ckpt=False,
+        vit_ckpt_layer=0,
+        embed_dim=256,
+        queue_size=57600,
+        momentum=0.995,
+        negative_all_rank=False,
+        *,
+        tokenizer=None,
+    ):
+        super().__init__()
+        self.tokenizer = tokenizer or init_tokenizer()
+        self.momentum, self.negative_all_rank = momentum, negative_all_rank
+        self.visual_encoder, width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer)
+        self.visual_encoder_m, _ = create_vit(vit, image_size)
+        config = text_config(med_config, self.tokenizer, width)
+        self.text_encoder = BertModel(config, add_pooling_layer=False)
+        self.text_encoder_m = BertModel(config, add_pooling_layer=False)
+        self.vision_proj = nn.Linear(width, embed_dim)
+        self.text_proj = nn.Linear(config.hidden_size, embed_dim)
+        self.vision_proj_m = nn.Linear(width, embed_dim)
+        self.text_proj_m = nn.Linear(config.hidden_size, embed_dim)
+        self.itm_head = nn.Linear(config.hidden_size, 2)
+        self.copy_params()
+        self.add_queues(embed_dim, queue_size, "ptr_queue")
+        self.temp = nn.Parameter(0.07 * torch.ones([]))
+
+    def forward(self, image: Tensor, caption: list[str], alpha: float, idx: Tensor) -> tuple[Tensor, Tensor]:
+        self.begin_forward()
+        B, device = len(image), image.device
+        many = gather.world_size() > 1
+        text = self.tokenizer(
+            caption, padding="max_length" if many else "longest", truncation=True, max_length=35, return_tensors="pt"
+        ).to(device)
+        image_embeds = self.visual_encoder(image)
+        image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        text_feat = self.text_features(self.text_encoder, self.text_proj, text)
+        with torch.no_grad():
+            image_feat_m = F.normalize(self.vision_proj_m(self.visual_encoder_m(image)[:, 0]), dim=-1).float()
+            text_feat_m = self.text_features(self.text_encoder_m, self.text_proj_m, text).float()
+
+        # ITC
+        idx = idx.view(-1).to(device)
+        keys_i = torch.cat([image_feat_m.t(), self.image_queue.float()], 1)
+        keys_t = torch.cat([text_feat_m.t(), self.text_queue.float()], 1)
+        positives = (idx[:, None] == torch.cat([idx, self.idx_queue[0]])[None]).float()
+        positives = positives / positives.sum(1, keepdim=True)
+        loss_i2t, _ = contrastive_loss(image_feat, image_feat_m, keys_t, positives, alpha, self.temp)
+        loss_t2i, _ = contrastive_loss(text_feat, text_feat_m, keys_i, positives, alpha, self.temp)
+        self.end_forward(image_feat_m, text_feat_m, idx)
+
+        # ITM
+        images, ids, mask = image_embeds, text.input_ids, text.attention_mask
+        own = torch.arange(B, device=device)
+        with torch.no_grad():
+            other_image, other_text, other_idx = image_feat, text_feat, idx
+            if self.negative_all_rank:
+                other_image, other_text, other_idx, ids, mask = (
+                    concat_all_gather(x) for x in (image_feat, text_feat, idx, ids, mask)
+                )
+                own = own + gather.rank() * B
+            same = idx[:, None] == other_idx[None]
+            temp = self.temp.float()
+            text_weights = (image_feat.float() @ other_text.float().t() / temp).masked_fill(same, -torch.inf)
+            image_weights = (text_feat.float() @ other_image.float().t() / temp).masked_fill(same, -torch.inf)
+            text_negative, has_text = hard_negatives(text_weights.softmax(1).nan_to_num(), same)
+            image_negative, has_image = hard_negatives(image_weights.softmax(1).nan_to_num(), same)
+        if self.negative_all_rank:
+            images = all_gather_with_grad(image_embeds)
+        rows = torch.cat([own, text_negative, own])
+        out = self.text_encoder(
+            start_with(ids[rows], self.tokenizer.enc_token_id),
+            attention_mask=mask[rows],
+            encoder_hidden_states=images,
+            encoder_index=torch.cat([own, own, image_negative]),
+        )
+        match = torch.cat([torch.ones(B, dtype=torch.long), torch.zeros(2 * B, dtype=torch.long)]).to(device)
+        counts = torch.cat([torch.ones_like(has_text), has_text, has_image])
+        loss_itm, _ = matching_loss(self.itm_head(out.last_hidden_state[:, 0]), match, counts)
+        return (loss_i2t + loss_t2i) / 2, loss_itm
+
+    @staticmethod
+    def text_features(encoder: nn.Module, projection: nn.Module, text) -> Tensor:
+        out = encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
+        return F.normalize(projection(out.last_hidden_state[:, 0]), dim=-1)
+
+
+def blip_retrieval(pretrained="", **kwargs) -> BLIP_Retrieval:
+    """A retrieval model; of `pretrained`, what is missing is listed (queues may be)."""
+    model = BLIP_Retrieval(**kwargs)
+    if pretrained:
+        load_checkpoint(model, pretrained)
+    return model

@@ -1,0 +1,159 @@
+"""What contrastive pre-training keeps beside the weights: momentum encoders, feature queues, hard negatives."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import gather
+
+
+class MomentumModel(nn.Module):
+    """Base of BLIP_Retrieval and BLIP_Pretrain.
+
+    As in official BLIP, `forward` clamps the temperature, moves the momentum encoders and writes the queues itself.
+    A trainer that accumulates gradients or shards weights sets `self_updating = False`, and after every optimizer
+    step clamps (`clamped`), averages (`momentum_pairs`) and calls `end_step`, so that all three follow optimizer
+    steps and not micro-batches.
+    """
+
+    momentum: float
+    momentum_dropout = True  # official quirk: dropout and drop-path stay active in the momentum encoders
+    self_updating = True
+    temperature_limits = (0.001, 0.5)
+
+    def add_queues(self, embed_dim: int, queue_size: int, pointer: str) -> None:
+        """Queues of normalised features [embed_dim, Q], random at first, and the buffer `pointer` where to write."""
+        if queue_size < 1:
+            raise ValueError(f"queue_size must be at least 1, got {queue_size}.")
+        self.queue_size, self.pointer = queue_size, pointer
+        self.register_buffer("image_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
+        self.register_buffer("text_queue", F.normalize(torch.randn(embed_dim, queue_size), dim=0))
+        # Which caption or image each entry belongs to; -100: none, the random ones of the start.
+        self.register_buffer("idx_queue", torch.full((1, queue_size), -100), persistent=self.saves_ids)
+        self.register_buffer(pointer, torch.zeros(1, dtype=torch.long))
+        self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    saves_ids = True
+
+    @property
+    def model_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [
+            (self.visual_encoder, self.visual_encoder_m),
+            (self.vision_proj, self.vision_proj_m),
+            (self.text_encoder, self.text_encoder_m),
+            (self.text_proj, self.text_proj_m),
+        ]
+
+    def momentum_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(online, momentum) parameters that are averaged."""
+        return [
+            pair for online, momentum in self.model_pairs for pair in zip(online.parameters(), momentum.parameters())
+        ]
+
+    def clamped(self) -> list[tuple[nn.Parameter, float, float]]:
+        return [(self.temp, *self.temperature_limits)]
+
+    @torch.no_grad()
+    def copy_params(self) -> None:
+        """Start the momentum encoders as copies that get no gradient."""
+        for online, momentum in self.momentum_pairs():
+            momentum.copy_(online)
+            momentum.requires_grad_(False)
+
+    @torch.no_grad()
+    def _momentum_update(self) -> None:
+        online, momentum = zip(*self.momentum_pairs())
+        torch._foreach_lerp_(momentum, online, 1.0 - self.momentum)
+
+    def train(self, mode: bool = True) -> MomentumModel:
+        super().train(mode)
+        if not self.momentum_dropout:
+            for _, momentum in self.model_pairs:
+                momentum.eval()
+        return self
+
+    @torch.no_grad()
+    def begin_forward(self) -> None:
+        if self.self_updating:
+            for parameter, low, high in self.clamped():
+                parameter.clamp_(low, high)
+            self._momentum_update()
+
+    @torch.no_grad()
+    def end_forward(self, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> None:
+        self.waiting.append((image_feat.float(), text_feat.float(), idx))
+        if self.self_updating:
+            self.end_step()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Write the features of the step into the queues, in the order of the global micro-batches."""
+        for image_feat, text_feat, idx in self.waiting:
+            self._dequeue_and_enqueue(image_feat, text_feat, idx)
+        self.waiting.clear()
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self, image_feat: Tensor, text_feat: Tensor, idx: Tensor) -> None:
+        """Write [B, embed_dim] features of all ranks over the oldest entries, wrapping at the end.
+
+        Any batch size fits: of a batch larger than the queue the last entries stay.
+        """
+        image_feat, text_feat, idx = (gather.concat_all_gather(x) for x in (image_feat, text_feat, idx.view(-1)))
+        pointer = getattr(self, self.pointer)
+        kept = min(len(idx), self.queue_size)
+        skipped = len(idx) - kept
+        columns = (pointer + skipped + torch.arange(kept, device=pointer.device)) % self.queue_size
+        self.image_queue[:, columns] = image_feat[skipped:].t().to(self.image_queue.dtype)
+        self.text_queue[:, columns] = text_feat[skipped:].t().to(self.text_queue.dtype)
+        self.idx_queue[0, columns] = idx[skipped:]
+        pointer.copy_((pointer + len(idx)) % self.queue_size)
+
+
+def contrastive_loss(
+    query: Tensor, teacher: Tensor, keys: Tensor, positives: Tensor, alpha: float, temp: Tensor
+) -> tuple[Tensor, Tensor]:
+    """ITC in one direction, and its similarities [B, K].
+
+    query, teacher: online and momentum features [B, E]; keys: momentum features of the other side [E, K];
+    positives: targets [B, K] whose rows sum to one. Soft targets are alpha * softmax(teacher @ keys / temp) +
+    (1 - alpha) * positives. All in fp32, whatever autocast says. Source: BLIP section 3.2, official forward.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        temp = temp.float()
+        sim = query.float() @ keys / temp
+        with torch.no_grad():
+            targets = (1 - alpha) * positives
+            if alpha > 0:
+                targets = targets + alpha * (teacher.float() @ keys / temp).softmax(1)
+        return -(sim.log_softmax(1) * targets).sum(1).mean(), sim
+
+
+def sample_negatives(weights: Tensor) -> Tensor:
+    """One column a row of `weights` [B, K] >= 0, drawn in proportion, in one call on the device: [B] int64."""
+    return torch.multinomial(weights, 1).squeeze(1)
+
+
+def hard_negatives(weights: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hard negatives that never fail: column indices [B], and whether each row has one [B].
+
+    weights [B, K] are the softmaxed similarities, forbidden [B, K] marks a row's own positives. A row whose
+    candidates all underflowed to zero draws among them evenly; a row without candidates (a batch of one, or all
+    duplicates) gets an arbitrary column and False.
+    """
+    candidates = ~forbidden
+    weights = weights.detach().float() * candidates
+    usable = weights.sum(1, keepdim=True) > 0
+    weights = torch.where(usable, weights, candidates.float())
+    exists = candidates.any(1)
+    return sample_negatives(torch.where(exists[:, None], weights, torch.ones_like(weights))), exists
+
+
+def matching_loss(logits: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """ITM: mean cross-entropy of [R, 2] logits over the pairs that count [R] bool, and the accuracy on them."""
+    counts = counts.float()
+    total = counts.sum().clamp_min(1)
+    loss = (F.cross_entropy(logits.float(), labels, reduction="none") * counts).sum() / total
+    accuracy = ((logits.argmax(1) == labels).float() * counts).sum() / total
+    return loss, accuracy.detach()

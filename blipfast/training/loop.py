@@ -1,0 +1,356 @@
+"""The loop: epochs, steps, logging, checkpoints, resume, signals. It knows nothing of BLIP; a task brings that.
+
+    task.model                        forward(batch, *, alpha) -> {"loss": scalar, other detached scalars for the log};
+                                      momentum_pairs(), momentum, clamped(), end_step()
+    task.loader                       len() optimizer steps an epoch; iterate(epoch, start_step) -> micro-batches
+    task.alpha(step, steps_per_epoch) -> float
+    task.evaluate(model, epoch)       -> dict of metrics or None; every rank calls it, with the whole fp32 model
+    task.finish(model, metrics)       once, at the end, on every rank: export, gallery, ...
+
+Before micro-batch m of step s on rank r of W, torch's generator is seeded by (seed, s, m * W + r): dropout and sampling
+are functions of the step, and one rank with accumulation 2 computes what two ranks without it compute.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import Config, save_config, to_dict
+from . import checkpoint, distributed
+from .checkpoint import Position
+from .distributed import World
+from .ema import MomentumEncoders
+from .engine import Engine
+from .errors import NotFinite, TrainingError
+from .log import RunLog, read_records, rewind
+from .schedule import learning_rate
+
+Build = Callable[[Config, int, int], Any]  # (config, rank, world_size) -> task, its model on the CPU
+
+
+def run(config: Config, build: Build, resume: str = "auto", overwrite: bool = False) -> int:
+    """Train `build(config, rank, world_size)` as the config says; returns the process's exit status.
+
+    resume     "auto": go on from the newest whole checkpoint of `config.output`, if any; a checkpoint folder; or
+               "none": start afresh, refused if the output folder holds checkpoints
+    overwrite  delete the checkpoints and the log of an earlier run in the output folder, then start afresh
+
+    A finished run is left alone. On SIGTERM or SIGINT the step is finished, a checkpoint saved, and 0 returned; the
+    same command goes on from there. (The deepspeed launcher kills its ranks 30 s after it was told to stop.)
+    Raises ValueError, OSError or TrainingError with one message before any training time is spent.
+    """
+    joined = distributed.connected()  # by the caller, who then leaves it too
+    world = distributed.connect()
+    try:
+        return _run(config, build, resume, overwrite, world)
+    finally:
+        if not joined:
+            distributed.disconnect()
+
+
+def _run(config: Config, build: Build, resume: str, overwrite: bool, world: World) -> int:
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    output = Path(config.output)
+    start: Path | None = distributed.from_main(lambda: _prepare(output, resume, overwrite))
+    torch.manual_seed(config.seed)
+    task = build(config, world.rank, world.size)
+    steps_per_epoch = len(task.loader)
+    total = config.train.epochs * steps_per_epoch
+    total = min(total, config.train.max_steps) if config.train.max_steps else total
+    learning_rate(config.train, 0, 0, total)  # an unknown schedule is refused now
+    facts = _facts(config, world, steps_per_epoch)
+
+    position, notes = Position(), []
+    if start is not None:
+        state = checkpoint.read_state(start)
+        notes = checkpoint.check_facts(start, state, facts)
+        checkpoint.check_model(start, task.model)
+        position = checkpoint.position(state)
+        records = read_records(output / "log.jsonl")
+        if position.step >= total and records and records[-1].get("event") == "complete":
+            if world.rank == 0:
+                print(
+                    f"{output} is complete ({position.step} steps). To train again: --overwrite or another `output:`"
+                )
+            return 0
+    distributed.from_main(lambda: _open_run(config, output, position.step))
+
+    engine = _engine(config, task.model, world)
+    for buffer in engine.model.buffers():
+        distributed.broadcast_(buffer)  # DeepSpeed does so for the parameters only
+    momentum = MomentumEncoders(engine)
+    if start is not None:
+        checkpoint.load(start, engine, momentum)
+    trainer = _Trainer(config, task, engine, momentum, world, facts, total)
+    trainer.log = RunLog(output / "log.jsonl", total, position.step)
+    trainer.log.say(_summary(config, task, engine, world, steps_per_epoch, total))
+    for note in notes:
+        trainer.log.say(f"note: {note}")
+    if start is not None:
+        trainer.log.say(f"resuming from {start}")
+    try:
+        return trainer.train(position)
+    finally:
+        trainer.log.close()
+
+
+def _prepare(output: Path, resume: str, overwrite: bool) -> Path | None:
+    """Which checkpoint to start from; runs on rank 0."""
+    folder = output / "checkpoints"
+    if overwrite:
+        for old in [*folder.glob("step_*")]:
+            shutil.rmtree(old)
+        (output / "log.jsonl").unlink(missing_ok=True)
+    if resume == "none":
+        if checkpoint.checkpoints(folder):
+            raise ValueError(
+                f"{folder} holds checkpoints of an earlier run. Resume it (--resume auto), choose another `output:`, "
+                "or delete it with --overwrite"
+            )
+        return None
+    if resume != "auto":
+        checkpoint.read_state(Path(resume))
+        return Path(resume)
+    start, complaints = checkpoint.newest(folder)
+    for complaint in complaints:
+        print(f"warning: {complaint}", flush=True)
+    return start
+
+
+def _open_run(config: Config, output: Path, step: int) -> None:
+    """Make the output folder, keep the config in it, and drop log records beyond `step`; runs on rank 0."""
+    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    save_config(config, output / "config.yaml")
+    rewind(output / "log.jsonl", step)
+
+
+def _engine(config: Config, model: torch.nn.Module, world: World) -> Engine:
+    from . import deepspeed_engine
+
+    if world.launched and deepspeed_engine.available():
+        return deepspeed_engine.DeepSpeedEngine(config, model, world)
+    if world.size > 1:
+        raise TrainingError(
+            f"{world.size} processes need DeepSpeed: pip install deepspeed. One process works without it"
+        )
+    return Engine(config, model, world)
+
+
+def _facts(config: Config, world: World, steps_per_epoch: int) -> dict[str, Any]:
+    return {
+        "task": config.task,
+        "global_batch": config.train.batch_size * config.train.accumulation * world.size,
+        "steps_per_epoch": steps_per_epoch,
+        "ranks": world.size,
+        "config": json.loads(json.dumps(to_dict(config))),
+    }
+
+
+def _summary(
+    config: Config, task: Any, engine: Engine, world: World, steps_per_epoch: int, total: int
+) -> str:
+    def millions(parameters: Any) -> str:
+        return f"{sum(getattr(p, 'ds_numel', p.numel()) for p in parameters) / 1e6:.1f} M"
+
+    train = config.train
+    ranks = f"{world.size} rank{'s'[: world.size > 1]}"
+    return (
+        f"{config.task}: {millions(task.model.parameters())} parameters, {millions(engine.trained)} trained; "
+        f"batch {train.batch_size} x accumulation {train.accumulation} x {ranks}; "
+        f"{total} steps, {steps_per_epoch} an epoch; "
+        f"{world.device.type}, {'bf16' if engine.module.bf16 else 'fp32'}, {engine.name}"
+    )
+
+
+def seed_of(seed: int, step: int, slot: int) -> int:
+    """The generator's seed for micro-batch number `slot` of an optimizer step, over all ranks; 63 bits, well mixed."""
+    return int(np.random.SeedSequence([seed, step, slot]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class _Trainer:
+    log: RunLog
+
+    def __init__(
+        self,
+        config: Config,
+        task: Any,
+        engine: Engine,
+        momentum: MomentumEncoders,
+        world: World,
+        facts: dict[str, Any],
+        total: int,
+    ):
+        self.config, self.task, self.engine, self.momentum, self.world = config, task, engine, momentum, world
+        self.facts, self.total = facts, total
+        self.folder = Path(config.output) / "checkpoints"
+        self.stop_signal = ""  # the signal that this rank received
+        self.stopping = False  # whether any rank received one: agreed on in every step
+        self.problem = ""  # why the last save failed
+        self.window: list[dict[str, torch.Tensor]] = []  # outputs since the last record
+        self.window_start = time.perf_counter()
+
+    # ---- the run
+
+    def train(self, position: Position) -> int:
+        """Epochs from `position` to the end, then evaluation and the task's finish."""
+        restore = self._catch_signals()
+        try:
+            position = self._epochs(position)
+        finally:
+            restore()
+        if self.stopping and position.step < self.total:
+            why = self.stop_signal or "a signal to another rank"
+            self.log.say(f"stopped by {why} after step {position.step} of {self.total}; run again to go on")
+            return 1 if self.problem else 0
+        metrics = self._evaluate(position)
+        with self.engine.full_model() as model:
+            self.task.finish(model, metrics)
+        distributed.barrier()
+        if self.problem:
+            self.log.say(f"error: {self.problem}. The last weights are not saved as a checkpoint")
+            return 1
+        self.log.record({"event": "complete", "step": position.step})
+        return 0
+
+    def _epochs(self, position: Position) -> Position:
+        steps, train = len(self.task.loader), self.config.train
+        self.engine.model.train()
+        while position.step < self.total and not self.stopping:
+            epoch = position.epoch
+            batches = iter(self.task.loader.iterate(epoch, position.step_in_epoch))
+            for step_in_epoch in range(position.step_in_epoch, steps):
+                self._step(batches, position.step, epoch)
+                position = Position(position.step + 1, epoch, step_in_epoch + 1)
+                due = self._save_is_due(position, steps)
+                if due or position.step % train.log_every == 0:
+                    self._record(
+                        position
+                    )  # before a checkpoint too: a resumed run's records start where it does
+                if due:
+                    self._save(position, steps)
+                if self.stopping or position.step >= self.total:
+                    break
+            if position.step_in_epoch == steps:
+                position = Position(position.step, epoch + 1, 0)
+                every = train.evaluate_every
+                if every and (epoch + 1) % every == 0 and position.step < self.total and not self.stopping:
+                    self._evaluate(position)
+        return position
+
+    def _save_is_due(self, position: Position, steps: int) -> bool:
+        if self.stopping or position.step >= self.total:
+            return True
+        every = self.config.train.save_every
+        return position.step % every == 0 if every else position.step_in_epoch == steps
+
+    def _step(self, batches: Any, step: int, epoch: int) -> None:
+        """One optimizer step: its micro-batches, the update, clamps, momentum encoders, queue."""
+        train, model = self.config.train, self.engine.model
+        alpha = self.task.alpha(step, len(self.task.loader))
+        lr = learning_rate(train, step, epoch, self.total)
+        outputs, indices = [], []
+        for micro in range(train.accumulation):
+            batch = next(batches)
+            indices.append(batch.get("index"))
+            for name, value in batch.items():
+                batch[name] = (
+                    value.to(self.world.device, non_blocking=True) if torch.is_tensor(value) else value
+                )
+            torch.manual_seed(seed_of(self.config.seed, step, micro * self.world.size + self.world.rank))
+            outputs.append(self.engine.forward_backward(batch, alpha))
+        self._check_loss(torch.stack([output["loss"] for output in outputs]), step, indices)
+        norm = self.engine.step(lr)
+        if not np.isfinite(norm):
+            raise NotFinite(self._advice(f"the gradient's norm is {norm}", step, indices))
+        for parameter, low, high in model.clamped():
+            self.engine.clamp(parameter, low, high)
+        self.momentum.update(model.momentum)
+        model.end_step()
+        scalars = [name for name, value in outputs[0].items() if value.ndim == 0]
+        self.window.append({name: torch.stack([o[name].float() for o in outputs]).mean() for name in scalars})
+        self.latest = {"lr": lr, "alpha": alpha, "grad_norm": norm}
+        self.log.advance()
+
+    def _check_loss(self, losses: torch.Tensor, step: int, indices: list[Any]) -> None:
+        """Stop on all ranks if a loss is not finite anywhere; also learn whether any rank was told to stop."""
+        bad = (~losses.isfinite()).any().float()
+        flags = distributed.all_max(torch.stack([bad, torch.full_like(bad, float(bool(self.stop_signal)))]))
+        bad_anywhere, stop_anywhere = flags.tolist()
+        if bad_anywhere:
+            here = f"the loss is {losses.tolist()}" if bad else "the loss of another rank is not finite"
+            raise NotFinite(self._advice(here, step, indices))
+        self.stopping = bool(stop_anywhere)
+
+    def _advice(self, what: str, step: int, indices: list[Any]) -> str:
+        samples = [int(i) for index in indices if index is not None for i in index]
+        saved = checkpoint.checkpoints(self.folder)
+        where = f"The last checkpoint is {saved[-1]}. " if saved else "There is no checkpoint yet. "
+        return (
+            f"step {step + 1} (rank {self.world.rank}): {what}; samples {samples}. Nothing was saved from it. {where}"
+            "Lower train.lr, set train.grad_clip=1, or take the samples out, and run again"
+        )
+
+    # ---- records, evaluation, checkpoints
+
+    def _record(self, position: Position) -> None:
+        """Log the mean, over the steps since the last record and over ranks, of what the model returned."""
+        if not self.window:
+            return
+        names = sorted(self.window[0], key=lambda name: (name != "loss", name))
+        table = torch.stack([torch.stack([numbers[name] for name in names]) for numbers in self.window])
+        means = distributed.all_mean(table.mean(0)).tolist()
+        seconds = time.perf_counter() - self.window_start
+        record = {"step": position.step, "epoch": position.epoch, **dict(zip(names, means)), **self.latest}
+        record["samples_per_second"] = len(self.window) * self.facts["global_batch"] / seconds
+        record["seconds"] = seconds
+        self.log.step(record)
+        self.window, self.window_start = [], time.perf_counter()
+
+    def _evaluate(self, position: Position) -> dict[str, Any]:
+        with self.engine.full_model() as model:
+            metrics = self.task.evaluate(model, position.epoch) or {}
+        distributed.barrier()
+        if metrics:
+            self.log.record({"event": "evaluate", "step": position.step, "epoch": position.epoch, **metrics})
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
+            self.log.say(f"evaluation after step {position.step}: {shown}")
+        self.window_start = time.perf_counter()
+        return metrics
+
+    def _save(self, position: Position, steps: int) -> None:
+        at_end = position.step_in_epoch == steps
+        place = Position(position.step, position.epoch + 1, 0) if at_end else position
+        self.problem = checkpoint.save(self.folder, self.engine, self.momentum, place, self.facts)
+        if self.problem:
+            self.log.say(
+                f"warning: {self.problem}. Older checkpoints are untouched and training goes on; make room"
+            )
+            return
+        if distributed.is_main():
+            checkpoint.prune(self.folder, self.config.train.keep_checkpoints)
+
+    # ---- signals
+
+    def _catch_signals(self) -> Callable[[], None]:
+        """SIGTERM (Slurm, the launcher) and SIGINT (Ctrl-C; twice to stop at once) ask for a checkpoint and an end."""
+
+        def handle(number: int, _frame: Any) -> None:
+            if number == signal.SIGINT and self.stop_signal == "SIGINT":
+                raise KeyboardInterrupt
+            self.stop_signal = signal.Signals(number).name
+
+        try:
+            before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not the main thread (a notebook, a test): leave signals to the owner
+            return lambda: None
+        return lambda: [signal.signal(number, old) for number, old in before.items()] and None

@@ -1,0 +1,41 @@
+"""The package. `pip install --no-build-isolation` once torch is there: DeepSpeed is built against it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+readme = here / "README.md"
+
+extras = {
+    "train": ["deepspeed>=0.16", "ninja", "packaging", "psutil"],
+    "fast": ["simplejpeg>=1.8"],
+    "plot": ["matplotlib>=3.8"],
+}
+extras["dev"] = ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.9", "transformers>=5"]
+extras["all"] = sorted({package for packages in extras.values() for package in packages})
+
+setup(
+    name="blipfast",
+    version=re.search(r'__version__ = "(.+)"', (here / "blipfast" / "__init__.py").read_text()).group(1),
+    description="BLIP pre-training, captioning, matching and retrieval; exact, fast and maintained",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["blipfast", "blipfast.*"]),
+    package_data={"blipfast": ["assets/**", "models/*.json"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy>=1.26",
+        "pillow>=10",
+        "tokenizers>=0.20.1",
+        "safetensors>=0.4.3",
+        "pyyaml>=6",
+        "tqdm>=4.60",
+    ],
+    extras_require=extras,
+    entry_points={"console_scripts": ["blipfast=blipfast.cli:main"]},
+)

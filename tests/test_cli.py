@@ -1,0 +1,286 @@
+"""The command line: what it prints, where it fails, and how it says so."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from blipfast import cli, doctor
+from blipfast.config import Config, save_config
+from blipfast.text import load_tokenizer, train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """What a training run leaves behind, of a model that has learned nothing."""
+    from blipfast.models.blip_pretrain import BLIP_Pretrain
+    from blipfast.models.checkpoint import save_weights
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer(["a red dog", "a green apple", "a blue car"], 300)
+    config = Config()
+    config.model.vit = {"width": 16, "depth": 1, "heads": 2, "patch_size": 8}
+    config.model.med_config = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    config.model.image_size, config.model.embed_dim, config.model.queue_size = 16, 8, 4
+    model = BLIP_Pretrain(
+        config.model.med_config, 16, config.model.vit, embed_dim=8, queue_size=4, tokenizer=tokenizer
+    )
+    save_config(config, folder / "config.yaml")
+    tokenizer.save(folder / "tokenizer.json")
+    save_weights(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture()
+def pictures(tmp_path):
+    for name, colour in (("red.png", "red"), ("green.png", "green")):
+        Image.new("RGB", (20, 30), colour).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    return tmp_path
+
+
+def blipfast(capsys, *args):
+    code = cli.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["caption", "--help"], ["tokenizer", "train", "--help"]])
+def test_help_is_shown_without_loading_torch(args):
+    code = (
+        f"import sys; sys.argv = ['blipfast', *{args}]; from blipfast import cli\n"
+        "try: cli.main()\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    assert "usage: blipfast" in done.stdout
+    assert done.stdout.endswith("False\n")
+
+
+def test_the_module_runs_like_the_command():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "blipfast"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "doctor" in done.stdout
+
+
+def test_pictures_are_captioned_and_a_broken_one_does_not_stop_the_rest(capsys, run_folder, pictures):
+    names = [pictures / name for name in ("red.png", "broken.png", "missing.png", "green.png")]
+    code, out, err = blipfast(capsys, "caption", "--model", run_folder, "--batch-size", 3, *names)
+    assert code == 1
+    assert [line.split(": ")[0] for line in out.splitlines()] == [str(names[0]), str(names[3])]
+    assert [str(name) in line for name, line in zip(names[1:3], err.splitlines(), strict=True)] == [
+        True,
+        True,
+    ]
+    assert all(line.startswith("blipfast: ") for line in err.splitlines())
+
+
+def test_captions_as_json_name_path_and_caption_or_error(capsys, run_folder, pictures):
+    names = [str(pictures / name) for name in ("broken.png", "red.png")]
+    code, out, _ = blipfast(capsys, "caption", "--json", "--model", run_folder, *names)
+    broken, good = json.loads(out)
+    assert (code, broken["path"], good["path"]) == (1, *names)
+    assert "broken.png" in broken["error"]
+    assert isinstance(good["caption"], str)
+
+
+def test_caption_options_reach_the_model_and_the_run_gives_their_defaults(
+    capsys, monkeypatch, pictures, tmp_path
+):
+    called = {}
+
+    class Captioner(torch.nn.Module):
+        visual_encoder = types.SimpleNamespace(image_size=16)
+
+        def generate(self, image, **how):
+            called.update(how, shape=tuple(image.shape))
+            return ["a dog"] * len(image)
+
+    def load(path, **how):
+        called.update(how)
+        return Captioner()
+
+    monkeypatch.setattr("blipfast.models.run.load_captioner", load)
+    config = Config()
+    config.evaluate.max_length, config.evaluate.min_length, config.evaluate.num_beams = 12, 0, 4
+    save_config(config, tmp_path / "config.yaml")
+    code, out, _ = blipfast(capsys, "caption", "--model", tmp_path, pictures / "red.png")
+    assert (code, out) == (0, f"{pictures / 'red.png'}: a dog\n")
+    assert called == {
+        "shape": (1, 3, 16, 16), "sample": False, "num_beams": 4, "max_length": 12, "min_length": 0, "top_p": 0.9,
+        "repetition_penalty": 1.0,
+    }  # fmt: skip
+    options = "--beams 2 --max-length 9 --min-length 1 --sample --top-p 0.5 --repetition-penalty 1.5 --prompt".split()
+    assert blipfast(capsys, "caption", "--model", tmp_path, *options, "a ", pictures / "red.png")[0] == 0
+    assert called == {
+        "shape": (1, 3, 16, 16), "sample": True, "num_beams": 2, "max_length": 9, "min_length": 1, "top_p": 0.5,
+        "repetition_penalty": 1.5, "prompt": "a ",
+    }  # fmt: skip
+
+
+def test_sampling_is_a_function_of_the_seed(capsys, run_folder, pictures):
+    def sampled(seed):
+        return blipfast(
+            capsys, "caption", "--model", run_folder, "--sample", "--seed", seed, pictures / "red.png"
+        )[1]
+
+    assert sampled(1) == sampled(1)
+    assert len({sampled(seed) for seed in range(4)}) > 1
+
+
+def test_texts_are_scored_against_a_picture(capsys, run_folder, pictures):
+    from blipfast.data.images import load_image
+    from blipfast.data.transforms import eval_transform
+    from blipfast.models.run import load_matcher
+
+    texts = ["a red dog", "A GREEN apple."]
+    code, out, _ = blipfast(capsys, "match", "--json", "--model", run_folder, pictures / "red.png", *texts)
+    scores = json.loads(out)["scores"]
+    model = load_matcher(run_folder).eval()
+    image = eval_transform(16)(load_image(pictures / "red.png"), None)[None]
+    with torch.no_grad():
+        cosines = model(image, ["a red dog", "a green apple"], match_head="itc")[0]
+        logits = [model(image, [text], match_head="itm")[0] for text in ("a red dog", "a green apple")]
+    assert code == 0
+    assert [score["text"] for score in scores] == texts
+    torch.testing.assert_close(torch.tensor([score["itc"] for score in scores]), cosines)
+    torch.testing.assert_close(
+        torch.tensor([score["itm"] for score in scores]), torch.stack(logits).softmax(1)[:, 1]
+    )
+
+    code, out, _ = blipfast(capsys, "match", "--model", run_folder, pictures / "red.png", *texts)
+    assert code == 0
+    assert [line.split("  ")[-1] for line in out.splitlines()] == ["text", *texts]
+
+
+@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
+def test_exported_weights_are_the_runs(capsys, run_folder, tmp_path, name):
+    from blipfast.models.checkpoint import read_state_dict
+
+    assert blipfast(capsys, "export", "--model", run_folder, "--output", tmp_path / name)[0] == 0
+    ours, exported = read_state_dict(run_folder), read_state_dict(tmp_path / name)
+    assert ours.keys() == exported.keys()
+    assert all(torch.equal(ours[key], exported[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["caption", "--model", "no/such/run", "x.png"], "no/such/run"),
+        (["match", "--model", "no/such/run", "x.png", "text"], "no/such/run"),
+        (["export", "--model", "no/such/run", "--output", "x.pth"], "no/such/run"),
+        (["export", "--model", "no/such/run", "--output", "x.bin"], "x.bin"),
+        (
+            ["tokenizer", "train", "none.txt", "--output", "t.json"],
+            "none.txt: there is no such caption file.",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(capsys, args, said):
+    code, out, err = blipfast(capsys, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("blipfast: ")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_an_unusable_device_is_named(capsys, run_folder, pictures):
+    code, _, err = blipfast(capsys, "caption", "--device", "cud", "--model", run_folder, pictures / "red.png")
+    assert code == 2
+    assert err.startswith("blipfast: --device cud: ")
+
+
+def test_a_tokenizer_is_trained_from_every_kind_of_caption_file(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("a red dog\n\na red cat\n", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(
+        '{"image": "x", "caption": "一只狗"}\n\n{"caption": "一只狗"}\n', encoding="utf-8"
+    )
+    (tmp_path / "c.json").write_text(
+        '[{"caption": ["빨간 개", "빨간 개"]}, {"caption": "x"}]', encoding="utf-8"
+    )
+    files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.json")]
+    assert [list(cli.read_captions(path)) for path in files] == [
+        ["a red dog", "a red cat"], ["一只狗", "一只狗"], ["빨간 개", "빨간 개", "x"],
+    ]  # fmt: skip
+    output = tmp_path / "tokenizer.json"
+    code, out, _ = blipfast(capsys, "tokenizer", "train", *files, "--output", output, "--vocab-size", 300)
+    tokenizer = load_tokenizer(output)
+    assert (code, out) == (0, f"wrote {output}: {len(tokenizer)} tokens\n")
+    assert len(tokenizer) <= 300
+    assert len(tokenizer("一只狗").input_ids) == 3
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("x.jsonl", '{"caption": "a"}\n{"image": "b"}\n', ':2: "caption" is missing'),
+        ("x.json", '[{"caption": 3}]', ':0: "caption" is missing or not text'),
+        ("x.json", "[{", "cannot be read as .json captions"),
+        ("x.json", "3", "cannot be read as .json captions"),
+        ("x.txt", "", "no caption"),
+    ],
+)
+def test_a_bad_caption_file_is_named_and_nothing_is_overwritten(capsys, tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    (tmp_path / "old.json").write_text("old")
+    code, _, err = blipfast(capsys, "tokenizer", "train", tmp_path / name, "--output", tmp_path / "old.json")
+    assert code == 2
+    assert said in err
+    assert (tmp_path / "old.json").read_text() == "old"
+
+
+def test_the_emoji_verb_unpacks_where_it_is_told(capsys, monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr("blipfast.data.emoji.unpack", told.append, raising=False)
+    assert blipfast(capsys, "data", "emoji", tmp_path)[0] == 0
+    assert told == [str(tmp_path)]
+
+
+def test_doctor_reports_the_installation(capsys):
+    code, out, _ = blipfast(capsys, "doctor")
+    assert code == 0
+    assert torch.__version__ in out
+    for name in (
+        "cpu",
+        "compiler",
+        "gpu",
+        "deepspeed",
+        "triton",
+        "flash-attn",
+        "xformers",
+        "simplejpeg",
+        "apex",
+    ):
+        assert any(line.startswith(f"{name} ") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ([], "not installed"),
+        (["apex/__init__.py"], "not NVIDIA's"),
+        (["apex/__init__.py", "apex/optimizers/fused_adam.py"], "without its CUDA extension"),
+        (["apex/__init__.py", "apex/optimizers/fused_adam.py", "amp_C.py"], "NVIDIA's, with amp_C"),
+    ],
+)
+def test_doctor_tells_nvidias_apex_from_its_namesake_without_importing_it(monkeypatch, tmp_path, files, said):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert said in doctor.apex()

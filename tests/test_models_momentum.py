@@ -1,0 +1,127 @@
+"""Momentum encoders, queues and hard negatives: what holds for any batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import blipfast.models.blip_pretrain as pretrain_module
+from blipfast.models.blip_pretrain import BLIP_Pretrain, blip_pretrain
+from blipfast.models.blip_retrieval import blip_retrieval
+from blipfast.models.momentum import hard_negatives, matching_loss
+
+CAPTIONS = ["a cat", "a small dog", "two birds", "the sea"]
+
+
+def test_the_queue_is_a_ring_that_takes_any_batch_size(small):
+    model = blip_pretrain(queue_size=7, embed_dim=4, **small)
+    features = torch.arange(1, 18).float()[:, None].expand(-1, 4)
+    model._dequeue_and_enqueue(features[:3], features[:3], torch.arange(3))
+    model._dequeue_and_enqueue(features[3:8], features[3:8], torch.arange(3, 8))
+    assert model.queue_ptr.item() == 1
+    assert model.image_queue[0].tolist() == [8, 2, 3, 4, 5, 6, 7]
+    assert model.idx_queue[0].tolist() == [7, 1, 2, 3, 4, 5, 6]
+    model._dequeue_and_enqueue(features[8:], features[8:], torch.arange(8, 17))  # more than the queue holds
+    assert sorted(model.text_queue[0].tolist()) == [11, 12, 13, 14, 15, 16, 17]
+    assert model.queue_ptr.item() == (1 + 9) % 7
+    oldest_first = model.text_queue[0].roll(-model.queue_ptr.item())
+    assert oldest_first.tolist() == [11, 12, 13, 14, 15, 16, 17]
+
+
+def test_hard_negatives_are_drawn_in_proportion_and_never_from_the_positives():
+    torch.manual_seed(0)
+    weights = torch.tensor([[9.0, 1.0, 3.0]]).expand(4000, -1)
+    forbidden = torch.tensor([[True, False, False]]).expand(4000, -1)
+    index, exists = hard_negatives(weights, forbidden)
+    assert exists.all() and (index != 0).all()
+    assert (index == 2).float().mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_hard_negatives_survive_underflow_and_rows_without_candidates():
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
+    forbidden = torch.tensor([[True, False, False], [True, True, True], [False, False, True]])
+    index, exists = hard_negatives(weights, forbidden)
+    assert exists.tolist() == [True, False, True]
+    assert index[0] in (1, 2) and index[2] in (0, 1)
+
+
+def test_matching_loss_leaves_out_pairs_that_do_not_count():
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [5.0, -5.0]]), torch.tensor([0, 1, 1])
+    loss, accuracy = matching_loss(logits, labels, torch.tensor([True, True, False]))
+    expected = torch.nn.functional.cross_entropy(logits[:2], labels[:2])
+    assert loss.item() == pytest.approx(expected.item()) and accuracy.item() == 1.0
+
+
+@pytest.mark.parametrize("captions", [["a cat"], ["a cat"] * 4], ids=["batch of one", "all duplicates"])
+def test_pretraining_takes_batches_without_negatives(small, images, captions):
+    model = blip_pretrain(queue_size=5, embed_dim=8, duplicates="positive", **small)
+    losses = model(images[: len(captions)], captions, 0.4)
+    sum(losses).backward()
+    assert all(loss.isfinite() for loss in losses)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_equal_captions_are_positives_when_asked(small, images, monkeypatch):
+    model = blip_pretrain(queue_size=6, embed_dim=8, duplicates="positive", **small)
+    captions = ["a cat", "a small dog", "a cat", "the sea"]
+    ids = model.caption_id(model.tokenize(captions, "cpu"))
+    assert ids[0] == ids[2] and len(set(ids.tolist())) == 3
+    padded = model.caption_id(model.tokenize([captions[1]], "cpu"))
+    assert padded == ids[1]  # whatever the padding
+    seen = []
+
+    def spy(weights, forbidden):
+        seen.append(forbidden)
+        return hard_negatives(weights, forbidden)
+
+    monkeypatch.setattr(pretrain_module, "hard_negatives", spy)
+    model(images, captions, 0.0)
+    assert seen[0][0].tolist() == [True, False, True, False]
+
+
+def test_forward_moves_the_momentum_encoders_and_a_trainer_may_do_it_instead(small, images):
+    model = blip_pretrain(queue_size=8, embed_dim=8, momentum=0.9, **small)
+    with torch.no_grad():
+        model.vision_proj.weight.add_(1.0)
+    before = model.vision_proj_m.weight.clone()
+    model(images, CAPTIONS, 0.4)
+    torch.testing.assert_close(model.vision_proj_m.weight, before + 0.1)
+    assert model.queue_ptr.item() == 4
+    model.self_updating = False
+    before = model.vision_proj_m.weight.clone()
+    model(images, CAPTIONS, 0.4)
+    model(images, CAPTIONS, 0.4)
+    assert torch.equal(model.vision_proj_m.weight, before) and model.queue_ptr.item() == 4
+    model.end_step()
+    assert model.queue_ptr.item() == (4 + 8) % 8
+
+
+def test_momentum_dropout_can_be_switched_off(small):
+    model = blip_pretrain(queue_size=8, **small)
+    assert model.train().text_encoder_m.training
+    model.momentum_dropout = False
+    assert not model.train().text_encoder_m.training and model.text_encoder.training
+
+
+def test_everything_but_self_attention_is_shared_between_encoder_and_decoder(small):
+    model = blip_pretrain(queue_size=8, **small)
+    encoder, decoder = dict(model.text_encoder.named_parameters()), dict(model.text_decoder.bert.named_parameters())
+    for name, parameter in encoder.items():
+        assert (parameter is decoder[name]) == (".attention." not in name), name
+
+
+def test_ids_of_the_pretraining_queue_stay_out_of_checkpoints(small):
+    model = BLIP_Pretrain(queue_size=8, **small)
+    assert "idx_queue" not in model.state_dict() and "idx_queue" in dict(model.named_buffers())
+    assert "idx_queue" in blip_retrieval(queue_size=8, **small).state_dict()
+
+
+def test_mlm_is_a_fourth_loss(small, images):
+    torch.manual_seed(0)
+    model = blip_pretrain(queue_size=8, mlm_probability=0.9, **small)
+    losses = model(images, CAPTIONS, 0.4, return_dict=True)
+    assert losses["loss_mlm"].item() > 5  # about log(30524) at the start
+    losses["loss_mlm"].backward()
+    assert model.text_decoder.cls.predictions.transform.dense.weight.grad.abs().sum() > 0
+    model.mlm_probability = 1e-9
+    assert model(images, CAPTIONS, 0.4, return_dict=True)["loss_mlm"].item() == 0.0  # nothing masked, no NaN

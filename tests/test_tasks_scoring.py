@@ -1,0 +1,51 @@
+"""Two-stage retrieval: reranking equals scoring every pair one by one."""
+
+from __future__ import annotations
+
+import torch
+
+from blipfast.models.blip_itm import BLIP_ITM
+from blipfast.tasks.scoring import UNSCORED, Collection
+
+TEXTS = ["a cat", "a small dog on the beach", "two birds", "the sea", "an apple"]
+
+
+def collection(small, images):
+    torch.manual_seed(0)
+    model = BLIP_ITM(embed_dim=8, **small).eval()
+    with torch.no_grad():
+        return model, Collection(model, images.split(3), TEXTS, "cpu", batch_size=2)
+
+
+@torch.no_grad()
+def test_scores_are_itm_logit_plus_cosine_of_every_pair(small, images):
+    model, found = collection(small, images)
+    scores = found.rerank(k=100)  # more than there are: all
+    for i in range(len(images)):
+        itm = model(images[i : i + 1].expand(len(TEXTS), -1, -1, -1), TEXTS, "itm")[:, 1]
+        itc = model(images[i : i + 1], TEXTS, "itc")[0]
+        torch.testing.assert_close(scores.i2t[i], itm + itc, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.t2i, scores.i2t.t())
+
+
+@torch.no_grad()
+def test_only_the_nearest_k_are_scored_each_way(small, images):
+    _, found = collection(small, images)
+    scores = found.rerank(k=2)
+    assert (scores.i2t > UNSCORED).sum(1).tolist() == [2] * len(images)
+    assert (scores.t2i > UNSCORED).sum(1).tolist() == [2] * len(TEXTS)
+    for i in range(len(images)):
+        assert set((scores.i2t[i] > UNSCORED).nonzero()[:, 0].tolist()) == set(found.similarity[i].topk(2).indices.tolist())
+
+
+@torch.no_grad()
+def test_itm_accuracy_is_a_matter_of_the_head(small, images):
+    model, found = collection(small, images)
+    truth = [[0, 4], [1], [2], [3]]
+    model.itm_head.weight.zero_()
+    model.itm_head.bias.copy_(torch.tensor([1.0, 0.0]))
+    state = torch.get_rng_state()
+    assert found.itm_accuracy(truth) == 2 / 3  # "no match" always: the prior
+    assert torch.equal(torch.get_rng_state(), state)
+    model.itm_head.bias.copy_(torch.tensor([0.0, 1.0]))
+    assert found.itm_accuracy(truth) == 1 / 3

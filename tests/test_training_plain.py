@@ -1,0 +1,402 @@
+"""The loop on one process without DeepSpeed: schedules, EMA, resume, signals, and what it says to bad input."""
+
+import json
+import math
+import resource
+import shutil
+import signal
+import sys
+import types
+
+import pytest
+import torch
+
+from blipfast import train as train_command
+from blipfast.config import Config, TrainConfig, load_config
+from blipfast.training import checkpoint, deepspeed_engine, distributed, loop, optimizer
+from blipfast.training.ema import MomentumEncoders
+from blipfast.training.engine import Engine
+from blipfast.training.errors import CheckpointError, NotFinite, TrainingError
+from blipfast.training.schedule import learning_rate
+from tests import launch, toy_run
+from tests.launch import losses
+
+CPU = distributed.World(rank=0, size=1, device=torch.device("cpu"), launched=False)
+
+
+def toy_config(output, *settings):
+    return load_config(
+        launch.TOY_CONFIG, [f"output={output}", "train.max_steps=6", "train.save_every=2", *settings]
+    )
+
+
+def train(output, *settings, build=toy_run.ToyTask, **options):
+    return loop.run(toy_config(output, *settings), build, **options)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run of six steps with checkpoints at 4 and 6."""
+    assert train(tmp_path / "run") == 0
+    return tmp_path / "run"
+
+
+# ---------------------------------------------------------------------------------------------------- schedules
+
+
+def test_step_schedule_is_official_warmup_in_the_first_epoch_then_decay_to_a_floor():
+    settings = TrainConfig(
+        lr=3e-4, min_lr=1e-6, warmup_lr=1e-6, warmup_steps=3000, lr_decay_rate=0.9, schedule="step"
+    )
+    for step in (0, 1, 1500, 2999, 3000, 4000):
+        expected = min(3e-4, 1e-6 + (3e-4 - 1e-6) * step / 3000)
+        assert learning_rate(settings, step, 0, 10**6) == pytest.approx(expected, rel=1e-12)
+    for epoch in (1, 2, 19, 60):
+        assert learning_rate(settings, 5, epoch, 10**6) == pytest.approx(
+            max(1e-6, 3e-4 * 0.9**epoch), rel=1e-12
+        )
+
+
+def test_cosine_schedule_is_constant_within_an_epoch_and_official():
+    settings = TrainConfig(lr=1e-5, min_lr=0.0, epochs=6, schedule="cosine", warmup_steps=3000)
+    for epoch in range(6):
+        expected = 1e-5 * 0.5 * (1 + math.cos(math.pi * epoch / 6))
+        assert (
+            learning_rate(settings, 0, epoch, 600)
+            == learning_rate(settings, 99, epoch, 600)
+            == pytest.approx(expected)
+        )
+
+
+def test_warmup_cosine_rises_to_lr_and_falls_to_min_lr_at_every_step():
+    settings = TrainConfig(lr=1.0, min_lr=0.1, warmup_lr=0.2, warmup_steps=10, schedule="warmup_cosine")
+    rates = [learning_rate(settings, step, 0, 110) for step in range(111)]
+    assert rates[0] == 0.2 and rates[5] == pytest.approx(0.6) and rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_no_warmup_steps_start_at_the_full_rate():
+    assert learning_rate(TrainConfig(lr=0.5, warmup_steps=0, schedule="step"), 0, 0, 10) == 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- optimizer
+
+
+def test_decay_all_decays_everything_and_its_opposite_spares_biases_norms_and_scalars():
+    model = toy_run.ToyModel(0.0)
+    (everything,) = optimizer.parameter_groups(model, 0.05, decay_all=True)
+    assert len(everything["params"]) == sum(p.requires_grad for p in model.parameters())
+    decayed, spared = optimizer.parameter_groups(model, 0.05, decay_all=False)
+    assert decayed["weight_decay"] == 0.05 and all(p.ndim >= 2 for p in decayed["params"])
+    assert spared["weight_decay"] == 0.0 and any(p is model.temp for p in spared["params"])
+
+
+def test_the_apex_of_pypi_is_told_apart_from_nvidias(monkeypatch):
+    fake = types.ModuleType("apex")
+    fake.__path__ = ["/somewhere/site-packages/apex"]
+    monkeypatch.setitem(sys.modules, "apex", fake)
+    with pytest.raises(TrainingError, match="/somewhere/site-packages/apex is not NVIDIA's"):
+        optimizer.build_optimizer(TrainConfig(optimizer="apex"), toy_run.ToyModel(0.0), CPU.device)
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(TrainingError, match="apex is not installed"):
+        optimizer.build_optimizer(TrainConfig(optimizer="apex"), toy_run.ToyModel(0.0), CPU.device)
+
+
+def test_the_plain_engine_steps_as_torch_adamw_with_accumulation_and_clipping():
+    config = Config(train=TrainConfig(accumulation=2, grad_clip=0.5, weight_decay=0.1, lr=1e-2))
+    torch.manual_seed(0)
+    model, reference = toy_run.ToyModel(0.0), toy_run.ToyModel(0.0)
+    reference.load_state_dict(model.state_dict())
+    engine = Engine(config, model, CPU)
+    trained = [p for p in reference.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        batches = [{"index": torch.arange(4) + 8 * step + 4 * micro} for micro in range(2)]
+        for batch in batches:
+            engine.forward_backward(batch, alpha=0.0)
+        norm = engine.step(1e-2)
+        sum(reference(batch, alpha=0.0)["loss"] / 2 for batch in batches).backward()
+        reference.unused.weight.grad, reference.unused.bias.grad = torch.zeros(1, 3), torch.zeros(1)
+        want = torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        adamw.step()
+        adamw.zero_grad()
+        assert norm == pytest.approx(want.item(), rel=1e-5)
+    for (name, a), b in zip(model.named_parameters(), reference.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------- momentum
+
+
+def test_momentum_encoders_follow_optimizer_steps_not_micro_batches(tmp_path):
+    """After n steps with accumulation 2 the average has moved n times, with the weights after each step."""
+    averages, online = [], []
+
+    class Task(toy_run.ToyTask):
+        def __init__(self, *args):
+            super().__init__(*args)
+            averages.append(self.model.body_m[0].weight.clone())
+            self.model.end_step = self.after_step
+
+        def after_step(self):
+            online.append(self.model.body[0].weight.detach().clone())
+            averages.append(self.model.body_m[0].weight.clone())
+
+    train(tmp_path, build=Task)
+    assert len(online) == 6
+    for before, weight, after in zip(averages, online, averages[1:]):
+        torch.testing.assert_close(after, 0.9 * before + (1 - 0.9) * weight)
+
+
+def test_a_bf16_average_keeps_moving_because_its_master_is_fp32():
+    model = toy_run.ToyModel(0.0).bfloat16()
+    engine = Engine.__new__(Engine)  # only what the momentum encoders ask of an engine
+    engine.model = model
+    momentum = MomentumEncoders(engine)
+    with torch.no_grad():
+        for online, average in model.momentum_pairs():
+            online.fill_(1.01)
+            average.fill_(1.0)
+        for master in momentum.masters.values():
+            master.fill_(1.0)
+    for _ in range(2000):
+        momentum.update(0.999)
+    for online, average in model.momentum_pairs():
+        assert (average == online).all(), "0.001 * 0.01 is far below the resolution of bf16 at 1"
+
+
+# ---------------------------------------------------------------------------------------------------- resume
+
+
+def test_after_kill_9_the_same_command_repeats_the_same_losses(tmp_path):
+    settings = ["train.max_steps=9", "train.save_every=4", "model.momentum=0.2"]
+    assert train(tmp_path / "whole", *settings) == 0
+    output = tmp_path / "killed"
+    command = ["--config", str(launch.TOY_CONFIG), "--set", f"output={output}", *settings]
+    killed = launch.start(launch.TOY, *command, TOY_SLEEP="0.2")
+    launch.wait_for_step(killed, output, 6)
+    launch.kill(killed)
+    launch.finish(killed)
+    assert 9 not in losses(output)
+    launch.run(launch.TOY, *command)
+    assert losses(output) == losses(tmp_path / "whole"), "all nine, each once, bit for bit"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_the_next_run_goes_on(tmp_path, number):
+    assert train(tmp_path / "whole", "train.save_every=0") == 0
+
+    class Task(toy_run.ToyTask):
+        def alpha(self, step, steps_per_epoch):
+            if step == 2:
+                signal.raise_signal(number)
+            return super().alpha(step, steps_per_epoch)
+
+    output = tmp_path / "stopped"
+    assert train(output, "train.save_every=0", build=Task) == 0
+    assert max(losses(output)) == 3 and not (output / "metrics.json").exists()
+    assert [path.name for path in checkpoint.checkpoints(output / "checkpoints")] == ["step_0000003"]
+    assert train(output, "train.save_every=0") == 0
+    assert losses(output) == losses(tmp_path / "whole") and (output / "metrics.json").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_resume_across_the_end_of_an_epoch_takes_the_next_order(tmp_path):
+    settings = ["train.max_steps=15", "train.save_every=0", "train.schedule=step"]  # an epoch is 12 steps
+    assert train(tmp_path / "whole", *settings) == 0
+    assert train(tmp_path / "parts", *settings, "train.max_steps=12") == 0
+    assert train(tmp_path / "parts", *settings) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_alone_until_overwrite(finished, capsys):
+    before = (finished / "log.jsonl").read_text()
+    assert train(finished) == 0
+    assert "is complete (6 steps)" in capsys.readouterr().out
+    assert (finished / "log.jsonl").read_text() == before
+    with pytest.raises(ValueError, match="--overwrite"):
+        train(finished, resume="none")
+    assert train(finished, overwrite=True) == 0
+    assert len(losses(finished)) == 6
+
+
+def test_only_the_newest_checkpoints_are_kept(finished):
+    assert [path.name for path in checkpoint.checkpoints(finished / "checkpoints")] == [
+        "step_0000004",
+        "step_0000006",
+    ]
+
+
+def test_weights_of_a_checkpoint_load_into_a_plain_model(finished):
+    model = toy_run.ToyModel(0.0)
+    checkpoint.load_weights(finished / "checkpoints/step_0000006", model)
+    assert model.head.weight is model.embed.weight
+    whole = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    assert whole == pytest.approx(json.loads((finished / "metrics.json").read_text())["whole"], rel=1e-12)
+
+
+def test_changed_settings_are_named_at_a_resume(finished, capsys):
+    train(finished, "train.max_steps=8", "train.lr=0.02")
+    assert "train.lr was 0.01 and is 0.02 now" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_truncated_checkpoint_is_named_and_auto_takes_the_one_before(finished, capsys):
+    newest, older = (finished / "checkpoints" / f"step_000000{step}" for step in (6, 4))
+    damaged = newest / "weight.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with pytest.raises(
+        CheckpointError, match=r"step_0000006/weight.safetensors is damaged: \d+ bytes, expected \d+"
+    ):
+        train(finished, "train.max_steps=8", resume=str(newest))
+    assert train(finished, "train.max_steps=8") == 0
+    printed = capsys.readouterr().out
+    assert "weight.safetensors is damaged" in printed and f"resuming from {older}" in printed
+
+
+def test_if_every_checkpoint_is_damaged_nothing_starts(finished):
+    for path in checkpoint.checkpoints(finished / "checkpoints"):
+        (path / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="No whole checkpoint is left"):
+        train(finished, "train.max_steps=8")
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_tensor_name(finished, monkeypatch):
+    monkeypatch.setenv("TOY_WIDTH", "17")
+    message = r"weight.safetensors is of another model: body.0.weight is \(41, 15\) there, \(41, 17\) here"
+    with pytest.raises(CheckpointError, match=message):
+        train(finished, "train.max_steps=8")
+    assert len(losses(finished)) == 6
+
+
+def test_another_global_batch_is_refused_with_what_to_set(finished):
+    with pytest.raises(CheckpointError, match="global batch of 8 .* now it is 4"):
+        train(finished, "train.max_steps=8", "train.accumulation=1")
+
+
+@pytest.mark.parametrize("what", ["missing", "a file", "a folder of something else"])
+def test_a_foreign_checkpoint_is_refused_before_training(tmp_path, what):
+    path = tmp_path / "thing"
+    if what == "a file":
+        path.write_bytes(b"PK\x03\x04")
+    elif what != "missing":
+        path.mkdir()
+        (path / "state.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(CheckpointError, match=f"{path} is not a checkpoint of blipfast"):
+        train(tmp_path / "run", resume=str(path))
+    assert not losses(tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_while_saving_stops_nothing_and_damages_nothing(tmp_path, capsys):
+    """The limit on file sizes makes a real write fail part of the way, as a full disk does."""
+    output = tmp_path / "run"
+    assert train(output, "train.max_steps=2") == 0
+    good = {path.name: path.read_bytes() for path in (output / "checkpoints/step_0000002").iterdir()}
+    free = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, free[1]))
+    try:
+        status = train(output, "train.max_steps=6")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, free)
+        signal.signal(signal.SIGXFSZ, ignored)
+    printed = capsys.readouterr().out
+    assert status == 1 and "could not be written" in printed and "Older checkpoints are untouched" in printed
+    assert {path.name: path.read_bytes() for path in (output / "checkpoints/step_0000002").iterdir()} == good
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_0000002"]
+    assert 6 in losses(output), "training went on"
+    assert train(output, "train.max_steps=6") == 0, "and the same command finishes it once there is room"
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(tmp_path, monkeypatch):
+    batches = list(toy_run.ToyLoader(101, 4, 42, 0, 1, 2).iterate(0))
+    bad = int(batches[2 * 3]["index"][1])  # in the fourth step
+    monkeypatch.setenv("TOY_NAN_AT", str(bad))
+    with pytest.raises(NotFinite, match=rf"step 4 .*nan.*samples \[.*\b{bad}\b.*step_0000002"):
+        train(tmp_path)
+    assert max(losses(tmp_path)) == 3
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step_0000002"]
+
+
+def test_deepspeed_settings_that_contradict_the_train_section_name_both():
+    config = Config(deepspeed={"gradient_accumulation_steps": 4}, train=TrainConfig(accumulation=2))
+    with pytest.raises(
+        ValueError, match="deepspeed.gradient_accumulation_steps is 4 but train.accumulation is 2"
+    ):
+        deepspeed_engine.deepspeed_config(config, 1)
+    config = Config(deepspeed={"train_batch_size": 64}, train=TrainConfig(batch_size=8, accumulation=2))
+    assert deepspeed_engine.deepspeed_config(config, 4)["train_batch_size"] == 64
+    with pytest.raises(ValueError, match="train.batch_size \\* train.accumulation \\* ranks is 32"):
+        deepspeed_engine.deepspeed_config(config, 2)
+
+
+@pytest.mark.parametrize(
+    "section, name",
+    [
+        ({"optimizer": {"type": "Adam"}}, "deepspeed.optimizer"),
+        ({"fp16": {"enabled": True}}, "deepspeed.fp16.enabled"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device=nvme"),
+        ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size"),
+    ],
+)
+def test_deepspeed_settings_that_cannot_work_are_refused_by_name(section, name):
+    with pytest.raises(ValueError, match=name):
+        deepspeed_engine.deepspeed_config(Config(deepspeed=section), 1)
+
+
+def test_the_deepspeed_section_is_handed_on_as_it_is_and_completed():
+    section = {"zero_optimization": {"stage": 2, "overlap_comm": True}, "bf16": {"enabled": True}}
+    ds = deepspeed_engine.deepspeed_config(Config(deepspeed=section, train=TrainConfig(grad_clip=1.0)), 2)
+    assert ds["zero_optimization"] == section["zero_optimization"] and ds["bf16"] == section["bf16"]
+    assert ds["gradient_clipping"] == 1.0 and ds["zero_force_ds_cpu_optimizer"] is False
+    assert "gradient_clipping" not in section, "the config itself is not changed"
+
+
+def test_several_processes_without_deepspeed_are_told_to_install_it(monkeypatch):
+    monkeypatch.setattr(deepspeed_engine, "available", lambda: False)
+    world = distributed.World(rank=0, size=2, device=torch.device("cpu"), launched=True)
+    with pytest.raises(TrainingError, match="2 processes need DeepSpeed: pip install deepspeed"):
+        loop._engine(Config(), toy_run.ToyModel(0.0), world)
+    world = distributed.World(rank=0, size=1, device=torch.device("cpu"), launched=True)
+    assert type(loop._engine(Config(), toy_run.ToyModel(0.0), world)) is Engine
+
+
+def test_a_taken_port_says_so_and_which_option_chooses_another(monkeypatch):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        settings = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TrainingError, match=f"127.0.0.1:{port} is taken.*--master_port"):
+            distributed.connect()
+
+
+def test_the_command_prints_one_line_for_a_mistake_in_the_config(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("train: {batch_sise: 4}\n")
+    assert train_command.main(["--config", str(path)], build=toy_run.ToyTask) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "batch_sise" in message and "Traceback" not in message
+
+
+def test_checkpoints_hold_no_pickle(finished):
+    names = {path.suffix for path in (finished / "checkpoints").rglob("*") if path.is_file()}
+    assert names == {".safetensors", ".json"}
+
+
+def test_seeds_differ_between_steps_slots_and_runs():
+    seeds = {loop.seed_of(seed, step, slot) for seed in (1, 42) for step in range(50) for slot in range(8)}
+    assert len(seeds) == 800 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_moving_a_checkpoint_elsewhere_keeps_it_usable(finished, tmp_path):
+    moved = shutil.copytree(finished / "checkpoints/step_0000004", tmp_path / "elsewhere")
+    assert train(tmp_path / "again", resume=str(moved)) == 0
+    assert losses(tmp_path / "again") == {step: loss for step, loss in losses(finished).items() if step > 4}
