@@ -19,7 +19,9 @@ def ranks(scores: Tensor, truths: list[list[int]] | list[int]) -> Tensor:
     return torch.tensor(best)
 
 
-def recall(scores: Tensor, truths: list[list[int]] | list[int], ks: tuple[int, ...] = (1, 5, 10)) -> list[float]:
+def recall(
+    scores: Tensor, truths: list[list[int]] | list[int], ks: tuple[int, ...] = (1, 5, 10)
+) -> list[float]:
     """Recall@k in per cent for each k, of rows of `scores` [R, C] whose true columns are `truths`."""
     found = ranks(scores, truths)
     return [100.0 * (found < k).float().mean().item() for k in ks]

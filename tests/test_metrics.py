@@ -15,7 +15,9 @@ def test_recall_equals_a_count_by_sorting():
     order = scores.argsort(1, descending=True)
     positions = [min(order[i].tolist().index(t) for t in truth) for i, truth in enumerate(truths)]
     assert ranks(scores, truths).tolist() == positions
-    assert recall(scores, truths, (1, 5, 10)) == pytest.approx([100 * sum(p < k for p in positions) / 40 for k in (1, 5, 10)])
+    assert recall(scores, truths, (1, 5, 10)) == pytest.approx(
+        [100 * sum(p < k for p in positions) / 40 for k in (1, 5, 10)]
+    )
 
 
 def test_ties_and_nan_count_against_the_model():

@@ -36,7 +36,9 @@ def test_a_pretrained_checkpoint_starts_every_task(pretrained, small, tmp_path):
     for build in (blip_decoder, blip_feature_extractor):
         model = build(pretrained=path, **small)
         assert torch.equal(model.visual_encoder.cls_token, pretrained.visual_encoder.cls_token)
-    assert torch.equal(blip_itm(pretrained=path, embed_dim=8, **small).itm_head.weight, pretrained.itm_head.weight)
+    assert torch.equal(
+        blip_itm(pretrained=path, embed_dim=8, **small).itm_head.weight, pretrained.itm_head.weight
+    )
     retrieval = blip_retrieval(pretrained=path, queue_size=8, embed_dim=8, **small)
     assert torch.equal(retrieval.image_queue, pretrained.image_queue)
     nlvr = blip_nlvr(pretrained=path, **small).state_dict()
@@ -48,7 +50,9 @@ def test_a_pretrained_checkpoint_starts_every_task(pretrained, small, tmp_path):
 def test_position_embeddings_are_resampled_to_the_picture_size(pretrained, small, tmp_path):
     path = save_weights(pretrained.state_dict(), tmp_path / "w.pth")
     model, report = load_checkpoint(blip_decoder(**small | {"image_size": 64}), path)
-    assert report.resized_keys == ["visual_encoder.pos_embed"] and model.visual_encoder.pos_embed.shape[1] == 65
+    assert (
+        report.resized_keys == ["visual_encoder.pos_embed"] and model.visual_encoder.pos_embed.shape[1] == 65
+    )
     assert torch.equal(model.visual_encoder.pos_embed[:, 0], pretrained.visual_encoder.pos_embed[:, 0])
 
 
@@ -113,7 +117,10 @@ def test_vit_and_bert_weights_start_a_pretraining(small, tmp_path):
         for key, value in donor.text_encoder.state_dict().items()
         if "crossattention" not in key
     }
-    vit_file, bert_file = save_weights(vit, tmp_path / "vit.pth"), save_weights(bert, tmp_path / "bert.safetensors")
+    vit_file, bert_file = (
+        save_weights(vit, tmp_path / "vit.pth"),
+        save_weights(bert, tmp_path / "bert.safetensors"),
+    )
     model = blip_pretrain(queue_size=8, vit_init=str(vit_file), bert_init=str(bert_file), **small)
     assert torch.equal(model.visual_encoder_m.pos_embed, donor.visual_encoder.pos_embed)
     name = "encoder.layer.0.attention.self.query.weight"

@@ -105,7 +105,10 @@ def test_momentum_dropout_can_be_switched_off(small):
 
 def test_everything_but_self_attention_is_shared_between_encoder_and_decoder(small):
     model = blip_pretrain(queue_size=8, **small)
-    encoder, decoder = dict(model.text_encoder.named_parameters()), dict(model.text_decoder.bert.named_parameters())
+    encoder, decoder = (
+        dict(model.text_encoder.named_parameters()),
+        dict(model.text_decoder.bert.named_parameters()),
+    )
     for name, parameter in encoder.items():
         assert (parameter is decoder[name]) == (".attention." not in name), name
 

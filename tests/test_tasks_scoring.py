@@ -35,7 +35,9 @@ def test_only_the_nearest_k_are_scored_each_way(small, images):
     assert (scores.i2t > UNSCORED).sum(1).tolist() == [2] * len(images)
     assert (scores.t2i > UNSCORED).sum(1).tolist() == [2] * len(TEXTS)
     for i in range(len(images)):
-        assert set((scores.i2t[i] > UNSCORED).nonzero()[:, 0].tolist()) == set(found.similarity[i].topk(2).indices.tolist())
+        assert set((scores.i2t[i] > UNSCORED).nonzero()[:, 0].tolist()) == set(
+            found.similarity[i].topk(2).indices.tolist()
+        )
 
 
 @torch.no_grad()

@@ -136,7 +136,8 @@ class ToyTask:
             (self.output / "metrics.json").write_text(json.dumps(metrics))
 
 
-def run_all(arguments):
+def run_all(arguments, build=None):
+    """Several runs of train.py in one process group; `--then` begins the arguments of the next."""
     runs = [[]]
     for argument in arguments:
         if argument == "--then":
@@ -146,8 +147,8 @@ def run_all(arguments):
     local_rank = [a for a in runs[0] if a.startswith("--local_rank")]
     if len(runs) > 1:
         distributed.connect()
-    return max(main([*run, *local_rank], build=ToyTask) for run in runs)
+    return max(main([*run, *local_rank], build=build) for run in runs)
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(sys.argv[1:]))
+    sys.exit(run_all(sys.argv[1:], ToyTask))

@@ -30,7 +30,9 @@ class BLIP_NLVR(nn.Module):
         tokenizer=None,
     ):
         super().__init__()
-        self.visual_encoder, width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate=0.1)
+        self.visual_encoder, width = create_vit(
+            vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate=0.1
+        )
         self.tokenizer = tokenizer or init_tokenizer()
         config = text_config(med_config, self.tokenizer, width)
         self.text_encoder = BertModel(config, add_pooling_layer=False)

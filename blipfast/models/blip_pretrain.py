@@ -25,6 +25,8 @@ class BLIP_Pretrain(MomentumModel):
     them); empty: random. `image_size` and `vit_init` must then agree.
     duplicates: two pairs of a batch whose captions read the same are "negative" to each other (official), or
     "positive": never an ITM negative, and a shared target in ITC, queue included.
+    random_queue: the queues' random entries of the start serve as keys until they are overwritten (official), or not:
+    without pre-trained encoders they pull all features to one point.
     negative_all_rank: contrastive keys and hard negatives come from all ranks instead of the own one.
     """
 
@@ -46,6 +48,7 @@ class BLIP_Pretrain(MomentumModel):
         bert_init="",
         max_tokens=30,
         duplicates="negative",
+        random_queue=True,
         negative_all_rank=False,
         mlm_probability=0.0,
         temperature=0.07,
@@ -55,7 +58,7 @@ class BLIP_Pretrain(MomentumModel):
             raise ValueError(f'duplicates must be "negative" or "positive", got {duplicates!r}.')
         self.tokenizer = tokenizer or init_tokenizer()
         self.momentum, self.max_tokens = momentum, max_tokens
-        self.duplicates, self.negative_all_rank = duplicates, negative_all_rank
+        self.duplicates, self.random_queue, self.negative_all_rank = duplicates, random_queue, negative_all_rank
         self.mlm_probability = mlm_probability
 
         self.visual_encoder, width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, 0)
@@ -104,10 +107,15 @@ class BLIP_Pretrain(MomentumModel):
             queued = torch.zeros(B, self.queue_size, dtype=torch.bool, device=device)
         positives = torch.cat([same, queued], 1).float()
         positives = positives / positives.sum(1, keepdim=True)
+        ignored = None if self.random_queue else F.pad(self.idx_queue[0] == -100, (len(key_id), 0))
         keys_i = torch.cat([keys_i.t(), self.image_queue.float()], 1)
         keys_t = torch.cat([keys_t.t(), self.text_queue.float()], 1)
-        loss_i2t, sim_i2t = contrastive_loss(image_feat, image_feat_m, keys_t, positives, alpha, self.temp)
-        loss_t2i, sim_t2i = contrastive_loss(text_feat, text_feat_m, keys_i, positives, alpha, self.temp)
+        loss_i2t, sim_i2t = contrastive_loss(
+            image_feat, image_feat_m, keys_t, positives, alpha, self.temp, ignored
+        )
+        loss_t2i, sim_t2i = contrastive_loss(
+            text_feat, text_feat_m, keys_i, positives, alpha, self.temp, ignored
+        )
         self.end_forward(image_feat_m, text_feat_m, caption_id)
 
         # ITM: the pairs themselves, a hard text for every image, a hard image for every text
@@ -175,7 +183,9 @@ class BLIP_Pretrain(MomentumModel):
         random_ids = torch.randint_like(ids, len(self.tokenizer))
         masked = torch.where(chosen & (draw < 0.8), self.tokenizer.mask_token_id, ids)
         masked = torch.where(chosen & (draw >= 0.8) & (draw < 0.9), random_ids, masked)
-        out = self.text_encoder(masked, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds)
+        out = self.text_encoder(
+            masked, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
+        )
         logits = self.text_decoder.cls(out.last_hidden_state[chosen])
         return F.cross_entropy(logits.float(), ids[chosen], reduction="sum") / chosen.sum().clamp_min(1)
 
@@ -184,7 +194,9 @@ def blip_pretrain(**kwargs) -> BLIP_Pretrain:
     return BLIP_Pretrain(**kwargs)
 
 
-def tie_encoder_decoder_weights(encoder: nn.Module, decoder: nn.Module, base_model_prefix: str, skip_key: str) -> None:
+def tie_encoder_decoder_weights(
+    encoder: nn.Module, decoder: nn.Module, base_model_prefix: str, skip_key: str
+) -> None:
     """Let `encoder` use the decoder's weights wherever a module's path does not contain `skip_key`.
 
     With skip_key="/attention", as BLIP calls it, everything is shared but self-attention: "/crossattention" does not

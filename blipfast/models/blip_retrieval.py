@@ -62,7 +62,11 @@ class BLIP_Retrieval(MomentumModel):
         B, device = len(image), image.device
         many = gather.world_size() > 1
         text = self.tokenizer(
-            caption, padding="max_length" if many else "longest", truncation=True, max_length=35, return_tensors="pt"
+            caption,
+            padding="max_length" if many else "longest",
+            truncation=True,
+            max_length=35,
+            return_tensors="pt",
         ).to(device)
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)

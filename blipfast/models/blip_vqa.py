@@ -41,7 +41,9 @@ class BLIP_VQA(nn.Module):
         if compat not in ("official", "masked"):
             raise ValueError(f'compat must be "official" or "masked", got {compat!r}.')
         self.compat = compat
-        self.visual_encoder, width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate=0.1)
+        self.visual_encoder, width = create_vit(
+            vit, image_size, vit_grad_ckpt, vit_ckpt_layer, drop_path_rate=0.1
+        )
         self.tokenizer = tokenizer or init_tokenizer()
         config = text_config(med_config, self.tokenizer, width)
         self.text_encoder = BertModel(config, add_pooling_layer=False)
@@ -75,7 +77,9 @@ class BLIP_VQA(nn.Module):
         if inference != "rank":
             raise ValueError(f'inference must be "rank" or "generate", got {inference!r}.')
         candidates = self.encode_answers(answer, image.device)
-        return self.rank_answer(states, text.attention_mask, candidates.input_ids, candidates.attention_mask, k_test)
+        return self.rank_answer(
+            states, text.attention_mask, candidates.input_ids, candidates.attention_mask, k_test
+        )
 
     def encode_answers(self, answer, device):
         """Encoding of answers with [DEC] first; an encoding is taken as it is."""
@@ -96,7 +100,9 @@ class BLIP_VQA(nn.Module):
                 f"got {len(n)} counts that sum to {sum(n)}."
             )
         answers = self.encode_answers(answer, states.device)
-        question = torch.arange(len(n), device=states.device).repeat_interleave(torch.tensor(n, device=states.device))
+        question = torch.arange(len(n), device=states.device).repeat_interleave(
+            torch.tensor(n, device=states.device)
+        )
         losses = self.text_decoder.lm_loss(
             answers.input_ids,
             self.targets(answers.input_ids),

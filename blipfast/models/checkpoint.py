@@ -44,11 +44,15 @@ def read_state_dict(source: str | Path) -> dict[str, Tensor]:
     if path.is_dir():
         path = path / WEIGHTS
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint. Give a .pth or .safetensors file, or a run folder.")
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint. Give a .pth or .safetensors file, or a run folder."
+        )
     try:
         state = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({error}). Is it truncated or of another kind?") from error
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({error}). Is it truncated or of another kind?"
+        ) from error
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -82,7 +86,9 @@ def download(url: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(target))
         except OSError as error:
-            raise ValueError(f"{url}: download failed ({error}). Fetch it by hand and pass the file.") from error
+            raise ValueError(
+                f"{url}: download failed ({error}). Fetch it by hand and pass the file."
+            ) from error
     return target
 
 
@@ -152,11 +158,14 @@ def load_weights(
     if missing and not allow_missing:
         raise ValueError(
             f"{source}: {type(model).__name__} needs {len(missing)} tensors that it does not hold in the right "
-            f"shape: {summary(missing)}." + (f" Of another shape: {'; '.join(mismatched[:3])}." if mismatched else "")
+            f"shape: {summary(missing)}."
+            + (f" Of another shape: {'; '.join(mismatched[:3])}." if mismatched else "")
         )
     model.load_state_dict(fitting, strict=False)
     report = LoadReport(missing, unexpected, mismatched, resized, len(fitting))
-    log.info("%s: %d tensors loaded, %d not used, %d resized.", source, len(fitting), len(unexpected), len(resized))
+    log.info(
+        "%s: %d tensors loaded, %d not used, %d resized.", source, len(fitting), len(unexpected), len(resized)
+    )
     if missing:
         log.warning("%s: %d tensors stay as initialised: %s", source, len(missing), summary(missing))
     return report
@@ -166,7 +175,11 @@ def resize_positions(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[s
     resized = []
     for name, encoder in model.named_modules():
         key = f"{name}.pos_embed"
-        if isinstance(encoder, VisionTransformer) and key in state and state[key].shape != encoder.pos_embed.shape:
+        if (
+            isinstance(encoder, VisionTransformer)
+            and key in state
+            and state[key].shape != encoder.pos_embed.shape
+        ):
             if state[key].shape[-1] == encoder.embed_dim:
                 state[key] = interpolate_pos_embed(state[key], encoder)
                 resized.append(key)

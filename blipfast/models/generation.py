@@ -44,9 +44,13 @@ def generate(
     if min_length > max_length:
         raise ValueError(f"min_length {min_length} exceeds max_length {max_length}.")
     if max_length <= prompt.shape[1]:
-        raise ValueError(f"max_length {max_length} leaves no room after a prompt of {prompt.shape[1]} tokens.")
+        raise ValueError(
+            f"max_length {max_length} leaves no room after a prompt of {prompt.shape[1]} tokens."
+        )
     if not 1 <= num_beams or 2 * num_beams > vocab_size:
-        raise ValueError(f"num_beams must be between 1 and half the vocabulary of {vocab_size}, got {num_beams}.")
+        raise ValueError(
+            f"num_beams must be between 1 and half the vocabulary of {vocab_size}, got {num_beams}."
+        )
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
     if length_norm not in ("with_prompt", "generated"):
@@ -175,7 +179,7 @@ class BeamSearch:
         for b, (rows, values) in enumerate(zip(ids.view(B, k, -1).tolist(), scores.tolist())):
             if not done[b]:
                 for sequence, value in zip(rows, values):
-                    finished[b].add(self.normalise(value, len(sequence) + self.generated * 0), sequence)
+                    finished[b].add(self.normalise(value, len(sequence)), sequence)
         return self.collect(finished, pad_token_id, device)
 
     def select(self, best, beams, tokens, ids, finished, done) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +200,9 @@ class BeamSearch:
                 if len(running) == k:
                     break
             chosen.append(running)
-            done[b] = finished[b].beats(self.normalise(row[0][0], length + self.generated))
+            # transformers 4.15 compares with the best candidate, ended or not; today's with the best running beam
+            bound = running[0][0] if self.generated else row[0][0]
+            done[b] = finished[b].beats(self.normalise(bound, length + self.generated))
         table = [[[candidate[i] for candidate in running] for running in chosen] for i in range(3)]
         return torch.tensor(table[0]), torch.tensor(table[1]), torch.tensor(table[2])
 

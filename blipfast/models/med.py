@@ -54,7 +54,9 @@ class BertConfig:
         shipped = Path(__file__).parent / Path(path).name
         source = Path(path) if Path(path).exists() else shipped
         if not source.exists():
-            raise FileNotFoundError(f"{path}: no such BERT config. Give a JSON file or a mapping of its keys.")
+            raise FileNotFoundError(
+                f"{path}: no such BERT config. Give a JSON file or a mapping of its keys."
+            )
         return cls.from_dict(json.loads(source.read_text()))
 
     @classmethod
@@ -89,7 +91,9 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -99,13 +103,17 @@ class BertEmbeddings(nn.Module):
         state_dict.setdefault(prefix + "position_ids", self.position_ids)  # newer checkpoints leave it out
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None, past_key_values_length=0) -> Tensor:
+    def forward(
+        self, input_ids=None, position_ids=None, inputs_embeds=None, past_key_values_length=0
+    ) -> Tensor:
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         if position_ids is None:
             end = past_key_values_length + inputs_embeds.shape[1]
             if end > self.position_ids.shape[1]:
-                raise ValueError(f"A text of {end} tokens exceeds the model's {self.position_ids.shape[1]} positions.")
+                raise ValueError(
+                    f"A text of {end} tokens exceeds the model's {self.position_ids.shape[1]} positions."
+                )
             position_ids = self.position_ids[:, past_key_values_length:end]
         return self.dropout(self.LayerNorm(inputs_embeds + self.position_embeddings(position_ids)))
 
@@ -266,7 +274,9 @@ class BertLayer(nn.Module):
             states, cross = self.attend_image(states, image, image_mask, image_index, return_map)
         return self.output(self.intermediate(states), states), key_value, attention, cross
 
-    def attend_image(self, states, image, image_mask, image_index, return_map) -> tuple[Tensor, Tensor | None]:
+    def attend_image(
+        self, states, image, image_mask, image_index, return_map
+    ) -> tuple[Tensor, Tensor | None]:
         key_value = self.crossattention.self.key_value(image) if isinstance(image, Tensor) else image
         if image_index is not None:
             key_value = (key_value[0][image_index], key_value[1][image_index])
@@ -381,7 +391,9 @@ class BertPreTrainedModel(nn.Module):
         return next(self.parameters()).device
 
 
-def attention_mask_for(attention_mask: Tensor | None, queries: int, keys: int, causal: bool, device) -> Tensor | None:
+def attention_mask_for(
+    attention_mask: Tensor | None, queries: int, keys: int, causal: bool, device
+) -> Tensor | None:
     """Boolean mask [B or 1, 1, queries or 1, keys], True where a query may look; None if all may be seen."""
     mask = None
     if attention_mask is not None:
@@ -449,7 +461,9 @@ class BertModel(BertPreTrainedModel):
         if mode == "text":
             images = encoder_key_values = None
         elif images is None and encoder_key_values is None:
-            raise ValueError('mode "multimodal" needs encoder_hidden_states; for a text alone pass mode="text".')
+            raise ValueError(
+                'mode "multimodal" needs encoder_hidden_states; for a text alone pass mode="text".'
+            )
         elif encoder_attention_mask is not None:
             image_mask = self.image_masks(encoder_attention_mask)
         out = self.encoder(

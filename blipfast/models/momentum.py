@@ -49,7 +49,9 @@ class MomentumModel(nn.Module):
     def momentum_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(online, momentum) parameters that are averaged."""
         return [
-            pair for online, momentum in self.model_pairs for pair in zip(online.parameters(), momentum.parameters())
+            pair
+            for online, momentum in self.model_pairs
+            for pair in zip(online.parameters(), momentum.parameters())
         ]
 
     def clamped(self) -> list[tuple[nn.Parameter, float, float]]:
@@ -100,7 +102,9 @@ class MomentumModel(nn.Module):
 
         Any batch size fits: of a batch larger than the queue the last entries stay.
         """
-        image_feat, text_feat, idx = (gather.concat_all_gather(x) for x in (image_feat, text_feat, idx.view(-1)))
+        image_feat, text_feat, idx = (
+            gather.concat_all_gather(x) for x in (image_feat, text_feat, idx.view(-1))
+        )
         pointer = getattr(self, self.pointer)
         kept = min(len(idx), self.queue_size)
         skipped = len(idx) - kept
@@ -112,21 +116,32 @@ class MomentumModel(nn.Module):
 
 
 def contrastive_loss(
-    query: Tensor, teacher: Tensor, keys: Tensor, positives: Tensor, alpha: float, temp: Tensor
+    query: Tensor,
+    teacher: Tensor,
+    keys: Tensor,
+    positives: Tensor,
+    alpha: float,
+    temp: Tensor,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """ITC in one direction, and its similarities [B, K].
 
     query, teacher: online and momentum features [B, E]; keys: momentum features of the other side [E, K];
-    positives: targets [B, K] whose rows sum to one. Soft targets are alpha * softmax(teacher @ keys / temp) +
+    positives: targets [B, K] whose rows sum to one; ignored: keys that do not exist, [K] bool. Soft targets are alpha * softmax(teacher @ keys / temp) +
     (1 - alpha) * positives. All in fp32, whatever autocast says. Source: BLIP section 3.2, official forward.
     """
     with torch.autocast(query.device.type, enabled=False):
         temp = temp.float()
-        sim = query.float() @ keys / temp
+
+        def similarity(features: Tensor) -> Tensor:
+            sim = features.float() @ keys / temp
+            return sim if ignored is None else sim.masked_fill(ignored, -1e9)
+
+        sim = similarity(query)
         with torch.no_grad():
             targets = (1 - alpha) * positives
             if alpha > 0:
-                targets = targets + alpha * (teacher.float() @ keys / temp).softmax(1)
+                targets = targets + alpha * similarity(teacher).softmax(1)
         return -(sim.log_softmax(1) * targets).sum(1).mean(), sim
 
 

@@ -14,7 +14,9 @@ from .blip_itm import BLIP_ITM
 from .checkpoint import load_weights, read_state_dict, save_weights
 
 
-def load_captioner(path: str | Path, prompt: str | None = None, image_size: int | None = None) -> BLIP_Decoder:
+def load_captioner(
+    path: str | Path, prompt: str | None = None, image_size: int | None = None
+) -> BLIP_Decoder:
     """A captioner in eval mode from a run folder, `.pth` or `.safetensors`; `prompt` and `image_size` override."""
     settings, state = describe(path, image_size)
     if prompt is None:
@@ -52,7 +54,9 @@ def describe(path: str | Path, image_size: int | None) -> tuple[dict, dict]:
             prompt=config.data.prompt,
         )
     else:
-        settings = dict(vit=vit_of(state, path), image_size=image_size_of(state, path), med_config="med_config.json")
+        settings = dict(
+            vit=vit_of(state, path), image_size=image_size_of(state, path), med_config="med_config.json"
+        )
         settings["embed_dim"] = len(state["vision_proj.weight"]) if "vision_proj.weight" in state else 256
     if image_size:
         settings["image_size"] = image_size
@@ -63,7 +67,9 @@ def vit_of(state: dict, path: Path) -> str:
     width = state.get("visual_encoder.cls_token")
     sizes = {768: "base", 1024: "large"}
     if width is None or width.shape[-1] not in sizes:
-        raise ValueError(f"{path}: no official BLIP checkpoint (visual_encoder.cls_token of width 768 or 1024).")
+        raise ValueError(
+            f"{path}: no official BLIP checkpoint (visual_encoder.cls_token of width 768 or 1024)."
+        )
     return sizes[width.shape[-1]]
 
 

@@ -169,6 +169,7 @@ class VisionTransformer(nn.Module):
         norm_layer=None,
         use_grad_checkpointing=False,
         ckpt_layer=0,
+        init_std=0.02,
     ):
         super().__init__()
         norm_layer = norm_layer or partial(nn.LayerNorm, eps=1e-6)
@@ -194,15 +195,12 @@ class VisionTransformer(nn.Module):
             for i in range(depth)
         )
         self.norm = norm_layer(embed_dim)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self.apply(self._init_weights)
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=init_std)
+        nn.init.trunc_normal_(self.cls_token, std=init_std)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=init_std)
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, register_blk: int = -1) -> Tensor:
         x = self.patch_embed(x)
@@ -235,7 +233,11 @@ def interpolate_pos_embed(pos_embed_checkpoint: Tensor, visual_encoder: VisionTr
 
 
 def create_vit(
-    vit, image_size: int, use_grad_checkpointing: bool = False, ckpt_layer: int = 0, drop_path_rate: float = 0.0
+    vit,
+    image_size: int,
+    use_grad_checkpointing: bool = False,
+    ckpt_layer: int = 0,
+    drop_path_rate: float = 0.0,
 ) -> tuple[VisionTransformer, int]:
     """The image encoder and its width. `vit`: "base", "large", or {width, depth, heads, patch_size}.
 
@@ -249,11 +251,17 @@ def create_vit(
     elif isinstance(vit, dict):
         known = {"width": "embed_dim", "depth": "depth", "heads": "num_heads", "patch_size": "patch_size"}
         if unknown := set(vit) - set(known) - {"drop_path"}:
-            raise ValueError(f"model.vit: unknown keys {sorted(unknown)}; known: {sorted(known)} and drop_path.")
+            raise ValueError(
+                f"model.vit: unknown keys {sorted(unknown)}; known: {sorted(known)} and drop_path."
+            )
         shape = {known[key]: value for key, value in vit.items() if key in known}
         drop_path_rate = vit.get("drop_path", drop_path_rate)
+        # the official 0.02 at width 768, scaled so that a narrow model's branches start as strong
+        shape["init_std"] = 0.02 * (768 / shape.get("embed_dim", 768)) ** 0.5
     else:
-        raise ValueError(f'model.vit: "base", "large" or a mapping of width, depth, heads, patch_size; got {vit!r}.')
+        raise ValueError(
+            f'model.vit: "base", "large" or a mapping of width, depth, heads, patch_size; got {vit!r}.'
+        )
     patch_size = shape.get("patch_size", 16)
     if image_size % patch_size:
         raise ValueError(f"image_size {image_size} is not a multiple of the patch size {patch_size}.")

@@ -6,17 +6,19 @@ import json
 import time
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from blipfast.config import Config, LossConfig
-from blipfast.metrics import retrieval_metrics
+from blipfast.data.karpathy import open_retrieval
+from blipfast.data.loader import build_train_loader
+from blipfast.data.text_augment import text_augment
+from blipfast.data.transforms import train_transform
 from blipfast.models.blip_pretrain import BLIP_Pretrain
-from blipfast.models.checkpoint import load_checkpoint
-from blipfast.models.run import load_captioner, load_matcher
+from blipfast.models.checkpoint import WEIGHTS, load_checkpoint, save_weights
 from blipfast.text import load_tokenizer
 
-from .scoring import Collection
+from .curves import plot_curves
+from .evaluation import evaluate
 
 
 class PretrainModel(BLIP_Pretrain):
@@ -26,7 +28,12 @@ class PretrainModel(BLIP_Pretrain):
 
     def __init__(self, loss: LossConfig, **settings):
         super().__init__(**settings)
-        self.loss_weights = {"loss_ita": loss.itc, "loss_itm": loss.itm, "loss_lm": loss.lm, "loss_mlm": loss.mlm}
+        self.loss_weights = {
+            "loss_ita": loss.itc,
+            "loss_itm": loss.itm,
+            "loss_lm": loss.lm,
+            "loss_mlm": loss.mlm,
+        }
 
     def forward(self, batch: dict, *, alpha: float) -> dict[str, Tensor]:
         out = super().forward(batch["image"], batch["caption"], alpha, return_dict=True)
@@ -53,6 +60,7 @@ def build_model(config: Config) -> PretrainModel:
         bert_init=model.init_bert,
         max_tokens=config.data.max_tokens,
         duplicates=loss.duplicates,
+        random_queue=loss.random_queue,
         negative_all_rank=loss.negative_all_rank,
         mlm_probability=loss.mlm_probability if loss.mlm else 0.0,
         temperature=loss.temperature,
@@ -67,76 +75,47 @@ def build_model(config: Config) -> PretrainModel:
     return built
 
 
-def alpha(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Weight of the momentum targets at an optimizer step: a linear ramp over `alpha_ramp_epochs`, then constant."""
-    ramp = config.loss.alpha_ramp_epochs * steps_per_epoch
-    return config.loss.alpha * min(1.0, step / ramp if ramp else 1.0)
-
-
 class PretrainTask:
     """What the training loop runs: a model, a loader, the alpha ramp, and an evaluation when there is a test set."""
 
     def __init__(self, config: Config, rank: int = 0, world_size: int = 1):
-        self.config = config
-        train_augment = text_augment(config.data)
+        self.config, self.rank = config, rank
+        data = config.data
         transform = train_transform(
-            config.model.image_size,
-            min_scale=config.data.min_scale,
-            flip=config.data.flip,
-            randaugment=config.data.randaugment,
-            noise=config.data.noise,
-            background=config.data.background,
+            config.model.image_size, data.min_scale, data.flip, data.randaugment, data.noise, data.background
         )
         self.loader = build_train_loader(
-            config.data, config.train, transform, config.seed, rank, world_size, train_augment
+            data, config.train, transform, config.seed, rank, world_size, text_augment(data)
         )
-        self.test = open_retrieval(config.data) if config.data.test else None
+        self.test = open_retrieval(data) if data.test else None
         self.model = build_model(config)
+        self.start = time.time()
 
     def alpha(self, step: int, steps_per_epoch: int) -> float:
-        return alpha(self.config, step, steps_per_epoch)
+        """Weight of the momentum targets: a linear ramp over `alpha_ramp_epochs`, then constant."""
+        ramp = self.config.loss.alpha_ramp_epochs * steps_per_epoch
+        return self.config.loss.alpha * min(1.0, step / ramp if ramp else 1.0)
 
-    def evaluate(self, run: Path, device, gallery: bool = True) -> dict[str, float] | None:
-        """Retrieval and captioning by the weights in the run folder; None without a test set. On one rank."""
-        return None if self.test is None else evaluate(self.config, self.test, run, device, gallery)
+    def evaluate(self, model: PretrainModel, epoch: int) -> dict[str, float] | None:
+        """Export the weights to the run folder and evaluate them there, on rank 0. None without a test set."""
+        if self.rank:
+            return None
+        run = Path(self.config.output)
+        save_weights(model.state_dict(), run / WEIGHTS)
+        model.tokenizer.save(run / "tokenizer.json")
+        if self.test is None:
+            return None
+        metrics = evaluate(self.config, self.test, run, next(model.parameters()).device)
+        metrics["seconds"] = time.time() - self.start
+        (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        return metrics
 
-
-@torch.no_grad()
-def evaluate(config: Config, test, run: Path, device, gallery: bool = True) -> dict[str, float]:
-    """Figures of the model in `run` on a retrieval view, written to run/metrics.json; pictures to run/gallery.html.
-
-    Retrieval recall (official names, per cent) after ITM reranking and, as itc_*, before; ITM accuracy on hard pairs
-    beside its prior; the rate of captions equal to the truth; seconds.
-    """
-    start = time.time()
-    settings = config.evaluate
-    matcher = load_matcher(run).to(device)
-    transform = eval_transform(matcher.visual_encoder.image_size)
-
-    def batches():
-        for i in range(0, len(test.image), settings.batch_size):
-            yield torch.stack([transform(test[j][0], None) for j in range(i, min(i + settings.batch_size, len(test)))])
-
-    collection = Collection(matcher, batches(), test.text, device, settings.batch_size, progress=True)
-    truth = [test.img2txt[i] for i in range(len(test.image))]
-    texts = [test.txt2img[i] for i in range(len(test.text))]
-    scores = collection.rerank(settings.k_test, progress=True)
-    metrics = retrieval_metrics(scores.i2t, scores.t2i, truth, texts)
-    before = retrieval_metrics(collection.similarity, collection.similarity.t(), truth, texts)
-    metrics |= {f"itc_{name}": value for name, value in before.items()}
-    metrics |= {"itm_accuracy": 100 * collection.itm_accuracy(truth), "itm_prior": 200 / 3}
-
-    captioner = load_captioner(run, prompt=settings.prompt).to(device)
-    captions: list[str] = []
-    for batch in batches():
-        captions += captioner.generate(
-            batch.to(device),
-            num_beams=settings.num_beams,
-            max_length=settings.max_length,
-            min_length=settings.min_length,
-        )
-    references = [{test.text[t] for t in own} for own in truth]
-    metrics["caption_exact"] = 100 * sum(c in r for c, r in zip(captions, references)) / len(captions)
-    metrics |= {"images": len(test.image), "texts": len(test.text), "evaluation_seconds": time.time() - start}
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    return metrics
+    def finish(self, model: PretrainModel, metrics: dict[str, float]) -> None:
+        """Draw the curves and say where everything is."""
+        if self.rank:
+            return
+        run = Path(self.config.output)
+        plot_curves(run / "log.jsonl", run / "curves.png")
+        print(f"weights, tokenizer, config and curves: {run}/", flush=True)
+        if metrics:
+            print(f"look at {run / 'gallery.html'}; figures: {run / 'metrics.json'}", flush=True)

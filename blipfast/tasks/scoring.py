@@ -29,7 +29,9 @@ class Scores:
 class Collection:
     """Encoded pictures and texts of a test set: image states kept on the CPU, texts as token ids."""
 
-    def __init__(self, model: BLIP_ITM, batches, texts: list[str], device, batch_size: int, progress: bool = False):
+    def __init__(
+        self, model: BLIP_ITM, batches, texts: list[str], device, batch_size: int, progress: bool = False
+    ):
         """`batches` yields pictures [B, 3, S, S] in order."""
         self.model, self.device = model, device
         embeds, features = [], []
@@ -40,7 +42,9 @@ class Collection:
         self.image_embeds, image_features = torch.cat(embeds), torch.cat(features)
         self.text = model.encode_text(texts, device)
         ids, mask = self.text.input_ids, self.text.attention_mask
-        chunks = [Texts(ids[i : i + batch_size], mask[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
+        chunks = [
+            Texts(ids[i : i + batch_size], mask[i : i + batch_size]) for i in range(0, len(ids), batch_size)
+        ]
         text_features = torch.cat([model.text_features(chunk).float() for chunk in chunks])
         self.similarity = (image_features @ text_features.t()).cpu()
 
@@ -58,7 +62,10 @@ class Collection:
     def rerank(self, k: int, progress: bool = False) -> Scores:
         """Scores after ITM on each picture's and each text's `k` nearest (at most all)."""
         images, texts = self.similarity.shape
-        for_image, for_text = torch.zeros(images, texts, dtype=torch.bool), torch.zeros(texts, images, dtype=torch.bool)
+        for_image, for_text = (
+            torch.zeros(images, texts, dtype=torch.bool),
+            torch.zeros(texts, images, dtype=torch.bool),
+        )
         for_image.scatter_(1, self.similarity.topk(min(k, texts), 1).indices, True)
         for_text.scatter_(1, self.similarity.t().topk(min(k, images), 1).indices, True)
         score = torch.full_like(self.similarity, UNSCORED)
