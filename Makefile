@@ -11,6 +11,9 @@ GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1; ls /dev/nvidia0 2>/dev/nul
 TORCH ?= $(if $(GPU),torch>=2.6,torch==2.13.0)
 TORCH_INDEX ?=
 
+# Tells DeepSpeed's launcher what it would otherwise guess, with a warning.
+CPU := $(if $(GPU),,DS_ACCELERATOR=cpu)
+
 # DeepSpeed looks for ninja on the path when it compiles its communication for several CPU ranks.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -22,15 +25,17 @@ help:
 	@echo 'make lint    check style and formatting'
 	@echo 'make clean   remove .venv and what was built; data/ and runs/ stay'
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed data/emoji/tokenizer.json
+	$(CPU) $(VENV)/bin/deepspeed --quiet blipfast/train.py --config configs/emoji.yaml
+
+data/emoji/tokenizer.json: | $(VENV)/installed
 	$(VENV)/bin/blipfast data emoji data/emoji
-	$(VENV)/bin/deepspeed blipfast/train.py --config configs/emoji.yaml
+	$(VENV)/bin/blipfast tokenizer train data/emoji/train.jsonl --vocab-size 1200 --output $@
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
-seeds: $(VENV)/installed
-	$(VENV)/bin/blipfast data emoji data/emoji
+seeds: $(VENV)/installed data/emoji/tokenizer.json
 	$(VENV)/bin/python benchmarks/emoji_seeds.py
 
 bench: $(VENV)/installed-dev

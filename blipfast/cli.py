@@ -121,6 +121,12 @@ def make_parser() -> argparse.ArgumentParser:
         data.add_subparsers(title="verbs", metavar="VERB"), "emoji", data_emoji, "the demo's emoji pictures"
     )
     emoji.add_argument("folder", metavar="DIR", help="where to put them")
+    emoji.add_argument(
+        "--unseen", default="fluent", metavar="VENDOR", help="the vendor to test on (%(default)s)"
+    )
+    emoji.add_argument(
+        "--groups", choices=["concrete", "all"], default="concrete", help="names to train on (%(default)s)"
+    )
 
     add_verb(verbs, "doctor", doctor, "show what this machine and installation can do")
     return parser
@@ -232,7 +238,7 @@ def data_emoji(args: argparse.Namespace) -> int:
     """Unpack the emoji pictures that come with the package."""
     from blipfast.data import emoji
 
-    emoji.unpack(args.folder)
+    emoji.unpack(args.folder, unseen=args.unseen, groups=args.groups)
     return 0
 
 

@@ -102,7 +102,9 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1.0e-8
     grad_clip: float = 0.0  # 0: none (official)
-    precision: str = "fp32"  # fp32 or bf16 (autocast, fp32 weights)
+    precision: str = (
+        "fp32"  # fp32, bf16 (autocast, fp32 weights), auto (bf16 where the hardware is fast at it)
+    )
     deterministic: bool = False
     log_every: int = 50
     save_every: int = 0  # optimizer steps between checkpoints; 0: at the end of each epoch

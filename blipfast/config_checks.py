@@ -20,7 +20,7 @@ _CHOICES = {
     "data.background": ("white", "black", "random"),
     "train.optimizer": ("adamw", "deepspeed", "apex"),
     "train.schedule": ("step", "cosine", "warmup_cosine"),
-    "train.precision": ("fp32", "bf16"),
+    "train.precision": ("fp32", "bf16", "auto"),
 }
 
 # (lowest, highest, whether the lowest itself is refused): the settings it holds for

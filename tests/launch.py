@@ -91,4 +91,6 @@ def records(output: Path) -> list[dict]:
 
 def losses(output: Path, key: str = "loss") -> dict[int, float]:
     """What was logged at each step."""
-    return {record["step"]: record[key] for record in records(output) if key in record and "event" not in record}
+    return {
+        record["step"]: record[key] for record in records(output) if key in record and "event" not in record
+    }

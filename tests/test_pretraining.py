@@ -49,7 +49,12 @@ def test_two_ranks_under_zero_1_2_3_follow_the_curve_of_one_rank(emoji, whole_ru
     """
     pytest.importorskip("deepspeed")
     commands = [
-        arguments(emoji, tmp_path / f"zero{stage}", "train.accumulation=1", f"deepspeed.zero_optimization.stage={stage}")
+        arguments(
+            emoji,
+            tmp_path / f"zero{stage}",
+            "train.accumulation=1",
+            f"deepspeed.zero_optimization.stage={stage}",
+        )
         for stage in (1, 2, 3)
     ]
     together = [part for command in commands for part in (*command, "--then")][:-1]
@@ -58,7 +63,10 @@ def test_two_ranks_under_zero_1_2_3_follow_the_curve_of_one_rank(emoji, whole_ru
         expected = losses(whole_run[0], key)
         assert list(expected) == list(range(1, 10))
         for stage in (1, 2, 3):
-            assert losses(tmp_path / f"zero{stage}", key) == pytest.approx(expected, rel=1e-5, abs=1e-6), (stage, key)
+            assert losses(tmp_path / f"zero{stage}", key) == pytest.approx(expected, rel=1e-5, abs=1e-6), (
+                stage,
+                key,
+            )
 
 
 def test_after_kill_9_the_losses_are_those_of_a_run_that_was_never_stopped(emoji, whole_run, tmp_path):

@@ -58,7 +58,11 @@ class BLIP_Pretrain(MomentumModel):
             raise ValueError(f'duplicates must be "negative" or "positive", got {duplicates!r}.')
         self.tokenizer = tokenizer or init_tokenizer()
         self.momentum, self.max_tokens = momentum, max_tokens
-        self.duplicates, self.random_queue, self.negative_all_rank = duplicates, random_queue, negative_all_rank
+        self.duplicates, self.random_queue, self.negative_all_rank = (
+            duplicates,
+            random_queue,
+            negative_all_rank,
+        )
         self.mlm_probability = mlm_probability
 
         self.visual_encoder, width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, 0)
@@ -85,6 +89,8 @@ class BLIP_Pretrain(MomentumModel):
     def forward(self, image: Tensor, caption, alpha: float, return_dict: bool = False):
         self.begin_forward()
         B, device = len(image), image.device
+        if len(caption) != B:
+            raise ValueError(f"{B} pictures need {B} captions, got {len(caption)}.")
         text = self.tokenize(caption, device)
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)

@@ -34,7 +34,7 @@ def is_url(url_or_filename: str) -> bool:
 
 
 def read_state_dict(source: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`/`.bin` (weights under "model" or "state_dict", or bare), `.safetensors`, run folder or URL.
+    """The tensors of a `.pth` or `.bin`, `.safetensors`, run folder or URL; under "model", "state_dict", or bare.
 
     Pickled code is never run (`weights_only=True`). FileNotFoundError or ValueError name the file and the trouble.
     """

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attention
+
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each [rows, H, tokens, D / H]
 
 
@@ -174,21 +176,20 @@ class BertSelfAttention(nn.Module):
         if B % rows:
             raise ValueError(f"{B} texts cannot share {rows} images evenly; pass encoder_index.")
         query = self.heads(self.query(hidden_states).view(rows, B // rows * T, D))
+        weights = None
         if self.save_attention or return_map:
             scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
             if mask is not None:
                 scores = scores.masked_fill(~mask, -10000.0) if mask.dtype == torch.bool else scores + mask
-            attention = scores.softmax(-1)
+            weights = scores.softmax(-1)
             if self.save_attention:
-                self.save_attention_map(attention)
-                if attention.requires_grad:
-                    attention.register_hook(self.save_attn_gradients)
-            context = self.dropout(attention) @ value
+                self.save_attention_map(weights)
+                if weights.requires_grad:
+                    weights.register_hook(self.save_attn_gradients)
+            context = self.dropout(weights) @ value
         else:
-            attention = None
-            drop = self.dropout.p if self.training else 0.0
-            context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=drop)
-        return context.transpose(1, 2).reshape(B, T, D), attention
+            context = attention(query, key, value, mask, self.dropout.p if self.training else 0.0)
+        return context.transpose(1, 2).reshape(B, T, D), weights
 
 
 class BertSelfOutput(nn.Module):

@@ -127,8 +127,8 @@ def contrastive_loss(
     """ITC in one direction, and its similarities [B, K].
 
     query, teacher: online and momentum features [B, E]; keys: momentum features of the other side [E, K];
-    positives: targets [B, K] whose rows sum to one; ignored: keys that do not exist, [K] bool. Soft targets are alpha * softmax(teacher @ keys / temp) +
-    (1 - alpha) * positives. All in fp32, whatever autocast says. Source: BLIP section 3.2, official forward.
+    positives: targets [B, K] whose rows sum to one; ignored: keys that do not exist, [K] bool. Soft targets are
+    alpha * softmax(teacher @ keys / temp) + (1 - alpha) * positives. All in fp32, whatever autocast says. Source: BLIP section 3.2, official forward.
     """
     with torch.autocast(query.device.type, enabled=False):
         temp = temp.float()

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import attention
+
 
 class Mlp(nn.Module):
     """Linear, activation, linear."""
@@ -63,14 +65,14 @@ class Attention(nn.Module):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         if register_hook:
-            attention = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
-            self.save_attention_map(attention)
-            if attention.requires_grad:
-                attention.register_hook(self.save_attn_gradients)
-            out = self.attn_drop(attention) @ v
+            weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
+            self.save_attention_map(weights)
+            if weights.requires_grad:
+                weights.register_hook(self.save_attn_gradients)
+            out = self.attn_drop(weights) @ v
         else:
             drop = self.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop, scale=self.scale)
+            out = attention(q, k, v, dropout=drop, scale=self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, N, D)))
 
 

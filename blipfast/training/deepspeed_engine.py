@@ -26,7 +26,7 @@ from torch import nn
 from ..config import Config
 from . import distributed
 from .distributed import World
-from .engine import WEIGHT, AutocastModule, Engine
+from .engine import WEIGHT, AutocastModule, Engine, use_bf16
 from .optimizer import build_optimizer, init_state, set_step
 
 REFUSED = {  # settings of DeepSpeed that change what this engine relies on, and what to do instead
@@ -136,7 +136,9 @@ class DeepSpeedEngine(Engine):
         self.accumulation, self.clip = config.train.accumulation, config.train.grad_clip
         self.device = world.device
         self.model = model
-        self.module = AutocastModule(model, self.bf16 or config.train.precision == "bf16", world.device)
+        self.module = AutocastModule(
+            model, self.bf16 or use_bf16(config.train.precision, world.device), world.device
+        )
         offload = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
         optimizer = build_optimizer(config.train, model.to(world.device), world.device, offload)
         with _scalars_viewable():

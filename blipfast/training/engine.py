@@ -17,6 +17,19 @@ from .optimizer import build_optimizer, init_state, set_step
 WEIGHT = "weight"  # beside optimizer.STATES: which tensor of a parameter `read` and `write` mean
 
 
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether `train.precision` means autocast to bf16 here; "auto": where the hardware multiplies bf16 faster."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        bool(torch.cpu.get_capabilities().get("amx_bf16"))
+        if hasattr(torch.cpu, "get_capabilities")
+        else False
+    )
+
+
 class AutocastModule(nn.Module):
     """`model(batch, alpha=...)` under autocast to bf16 when asked: inputs and fp32 buffers may then meet bf16 weights.
 
@@ -50,7 +63,7 @@ class Engine:
         self.clip = config.train.grad_clip
         self.model = model.to(world.device)
         self.device = world.device
-        self.module = AutocastModule(self.model, config.train.precision == "bf16", world.device)
+        self.module = AutocastModule(self.model, use_bf16(config.train.precision, world.device), world.device)
         self.optimizer = build_optimizer(config.train, self.model, world.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         init_state(self.optimizer, self.trained)

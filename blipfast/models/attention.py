@@ -1,0 +1,26 @@
+"""Scaled dot-product attention, the one place that chooses how."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(query key^T * scale) value: [B, H, T, d] and [B, H, S, d] -> [B, H, T, d] in the query's dtype.
+
+    mask: boolean (True: attend) or additive, broadcastable to [B, 1, T, S]. scale: 1 / sqrt(d) unless given.
+    """
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        # torch's bf16 backward on CPU takes ten times as long as its fp32 one
+        with torch.autocast("cpu", enabled=False):
+            return attention(query.float(), key.float(), value.float(), mask, dropout, scale).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
