@@ -51,7 +51,7 @@ class LossConfig:
     temperature_max: float = 0.5
     label_smoothing: float = 0.1
     mlm_probability: float = 0.15
-    random_queue: bool = True  # random queue entries serve as keys until overwritten (official)
+    queue_warmup: int = 0  # samples to see before the queues serve as keys; 0: at once (official)
     duplicates: str = "negative"  # what pairs with equal captions are to each other (official), or "positive"
     negative_all_rank: bool = False  # hard negatives and contrastive keys from every rank
 

@@ -128,3 +128,17 @@ def test_mlm_is_a_fourth_loss(small, images):
     assert model.text_decoder.cls.predictions.transform.dense.weight.grad.abs().sum() > 0
     model.mlm_probability = 1e-9
     assert model(images, CAPTIONS, 0.4, return_dict=True)["loss_mlm"].item() == 0.0  # nothing masked, no NaN
+
+
+def test_the_queue_serves_as_keys_only_after_its_warmup(small, images):
+    model = blip_pretrain(queue_size=6, embed_dim=8, queue_warmup=8, momentum=1.0, **small).eval()
+    alone = model(images, CAPTIONS, 0.4)[0]
+    model.image_queue.normal_(), model.text_queue.normal_()
+    torch.testing.assert_close(model(images, CAPTIONS, 0.4)[0], alone)  # whatever the queue holds
+    assert model.queued.item() == 8
+    assert (model(images, CAPTIONS, 0.4)[0] - alone).abs() > 0.1
+
+
+def test_captions_and_pictures_must_be_as_many(small, images):
+    with pytest.raises(ValueError, match="4 pictures need 4 captions, got 3"):
+        blip_pretrain(queue_size=6, **small)(images, CAPTIONS[:3], 0.4)

@@ -41,19 +41,19 @@ class StrongTransform:
     flip: float = 0.5
     noise: float = 0.0
     background: str = "white"
-    rotate: float = 30.0  # degrees
-    shear: float = 0.2
-    shift: float = 0.15  # of the picture's side
+    rotate: float = 15.0  # degrees
+    shear: float = 0.1
+    shift: float = 0.1  # of the picture's side
     zoom_out: float = 0.25
-    light: float = 0.4  # brightness and contrast: factor 1 +- light
-    saturation: float = 0.6
-    hue: float = 0.08  # of a full turn
-    grey: float = 0.08  # from here on: probabilities
-    invert: float = 0.03
-    posterise: float = 0.05
-    solarise: float = 0.05
+    light: float = 0.25  # brightness and contrast: factor 1 +- light
+    saturation: float = 0.4
+    hue: float = 0.04  # of a full turn
+    grey: float = 0.05  # from here on: probabilities
+    invert: float = 0.0
+    posterise: float = 0.0
+    solarise: float = 0.0
     blur: float = 0.3  # half of them sharpen
-    cutout: float = 0.4
+    cutout: float = 0.2
 
     def __call__(self, image: Tensor | Image.Image, rng: Generator | None = None) -> Tensor:
         """uint8 [3|4, H, W] or Pillow -> float32 [3, image_size, image_size], normalised."""

@@ -25,8 +25,8 @@ class BLIP_Pretrain(MomentumModel):
     them); empty: random. `image_size` and `vit_init` must then agree.
     duplicates: two pairs of a batch whose captions read the same are "negative" to each other (official), or
     "positive": never an ITM negative, and a shared target in ITC, queue included.
-    random_queue: the queues' random entries of the start serve as keys until they are overwritten (official), or not:
-    without pre-trained encoders they pull all features to one point.
+    queue_warmup: samples to see before the queues serve as keys. 0 (official): at once, with random entries at first.
+    Without pre-trained encoders, random and outdated keys pull all features to one point: let the encoders settle.
     negative_all_rank: contrastive keys and hard negatives come from all ranks instead of the own one.
     """
 
@@ -48,7 +48,7 @@ class BLIP_Pretrain(MomentumModel):
         bert_init="",
         max_tokens=30,
         duplicates="negative",
-        random_queue=True,
+        queue_warmup=0,
         negative_all_rank=False,
         mlm_probability=0.0,
         temperature=0.07,
@@ -58,12 +58,8 @@ class BLIP_Pretrain(MomentumModel):
             raise ValueError(f'duplicates must be "negative" or "positive", got {duplicates!r}.')
         self.tokenizer = tokenizer or init_tokenizer()
         self.momentum, self.max_tokens = momentum, max_tokens
-        self.duplicates, self.random_queue, self.negative_all_rank = (
-            duplicates,
-            random_queue,
-            negative_all_rank,
-        )
-        self.mlm_probability = mlm_probability
+        self.duplicates, self.negative_all_rank = duplicates, negative_all_rank
+        self.queue_warmup, self.mlm_probability = queue_warmup, mlm_probability
 
         self.visual_encoder, width = create_vit(vit, image_size, vit_grad_ckpt, vit_ckpt_layer, 0)
         self.visual_encoder_m, _ = create_vit(vit, image_size)
@@ -108,12 +104,13 @@ class BLIP_Pretrain(MomentumModel):
         same = F.one_hot(own, len(key_id)).bool()
         if self.duplicates == "positive":
             same = same | (caption_id[:, None] == key_id[None])
-            queued = caption_id[:, None] == self.idx_queue
+            queued = (caption_id[:, None] == self.idx_queue) & (self.queued >= self.queue_warmup)
         else:
             queued = torch.zeros(B, self.queue_size, dtype=torch.bool, device=device)
         positives = torch.cat([same, queued], 1).float()
         positives = positives / positives.sum(1, keepdim=True)
-        ignored = None if self.random_queue else F.pad(self.idx_queue[0] == -100, (len(key_id), 0))
+        too_early = (self.queued < self.queue_warmup).expand(self.queue_size)
+        ignored = F.pad(too_early, (len(key_id), 0)) if self.queue_warmup else None
         keys_i = torch.cat([keys_i.t(), self.image_queue.float()], 1)
         keys_t = torch.cat([keys_t.t(), self.text_queue.float()], 1)
         loss_i2t, sim_i2t = contrastive_loss(

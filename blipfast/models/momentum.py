@@ -33,6 +33,9 @@ class MomentumModel(nn.Module):
         # Which caption or image each entry belongs to; -100: none, the random ones of the start.
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100), persistent=self.saves_ids)
         self.register_buffer(pointer, torch.zeros(1, dtype=torch.long))
+        self.register_buffer(
+            "queued", torch.zeros(1, dtype=torch.long), persistent=False
+        )  # samples written so far
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     saves_ids = True
@@ -113,6 +116,7 @@ class MomentumModel(nn.Module):
         self.text_queue[:, columns] = text_feat[skipped:].t().to(self.text_queue.dtype)
         self.idx_queue[0, columns] = idx[skipped:]
         pointer.copy_((pointer + len(idx)) % self.queue_size)
+        self.queued += len(idx)
 
 
 def contrastive_loss(
@@ -127,8 +131,9 @@ def contrastive_loss(
     """ITC in one direction, and its similarities [B, K].
 
     query, teacher: online and momentum features [B, E]; keys: momentum features of the other side [E, K];
-    positives: targets [B, K] whose rows sum to one; ignored: keys that do not exist, [K] bool. Soft targets are
-    alpha * softmax(teacher @ keys / temp) + (1 - alpha) * positives. All in fp32, whatever autocast says. Source: BLIP section 3.2, official forward.
+    positives: targets [B, K] whose rows sum to one; ignored: keys that do not count, [K] bool. Soft targets are
+    alpha * softmax(teacher @ keys / temp) + (1 - alpha) * positives. All in fp32, whatever autocast says.
+    Source: BLIP section 3.2, official forward.
     """
     with torch.autocast(query.device.type, enabled=False):
         temp = temp.float()

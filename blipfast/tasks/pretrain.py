@@ -60,7 +60,7 @@ def build_model(config: Config) -> PretrainModel:
         bert_init=model.init_bert,
         max_tokens=config.data.max_tokens,
         duplicates=loss.duplicates,
-        random_queue=loss.random_queue,
+        queue_warmup=loss.queue_warmup,
         negative_all_rank=loss.negative_all_rank,
         mlm_probability=loss.mlm_probability if loss.mlm else 0.0,
         temperature=loss.temperature,
