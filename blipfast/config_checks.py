@@ -31,9 +31,10 @@ _RANGES = {
         evaluate.num_beams evaluate.max_length""",
     (3, math.inf, False): "data.max_tokens",  # [CLS], one token, [SEP]
     (0, math.inf, False): """
-        seed model.vit_ckpt_layer loss.queue_warmup loss.itc loss.itm loss.lm loss.mlm loss.alpha_ramp_epochs data.samples_per_epoch
-        data.workers data.noise train.max_steps train.min_lr train.warmup_lr train.warmup_steps train.weight_decay
-        train.grad_clip train.save_every train.evaluate_every evaluate.min_length evaluate.gallery""",
+        seed model.vit_ckpt_layer loss.itc loss.itm loss.lm loss.mlm loss.alpha_ramp_epochs loss.queue_warmup
+        data.samples_per_epoch data.workers data.noise train.max_steps train.min_lr train.warmup_lr
+        train.warmup_steps train.weight_decay train.grad_clip train.save_every train.evaluate_every
+        evaluate.min_length evaluate.gallery""",
     (0, math.inf, True): """
         loss.temperature loss.temperature_min loss.temperature_max train.lr train.eps""",
     (0, 1, False): """

@@ -11,81 +11,15 @@ Keys and values are then projected once per image. The result is that of repeati
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import attention
+from .attention import KeepsAttention, attention
+from .med_config import BertConfig, Output
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each [rows, H, tokens, D / H]
-
-
-@dataclass
-class BertConfig:
-    """The settings of MED; read from official JSON files (unknown keys there are ignored)."""
-
-    vocab_size: int = 30524
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    max_position_embeddings: int = 512
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    initializer_range: float = 0.02
-    pad_token_id: int = 0
-    encoder_width: int = 768
-    add_cross_attention: bool = True
-    label_smoothing: float = 0.1
-    gradient_checkpointing: bool = False
-
-    @classmethod
-    def from_dict(cls, settings: dict) -> BertConfig:
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in settings.items() if key in known})
-
-    @classmethod
-    def from_json_file(cls, path: str | Path) -> BertConfig:
-        """Read `path`; the official names configs/{med,bert}_config.json fall back to the copies shipped here."""
-        shipped = Path(__file__).parent / Path(path).name
-        source = Path(path) if Path(path).exists() else shipped
-        if not source.exists():
-            raise FileNotFoundError(
-                f"{path}: no such BERT config. Give a JSON file or a mapping of its keys."
-            )
-        return cls.from_dict(json.loads(source.read_text()))
-
-    @classmethod
-    def load(cls, source: BertConfig | dict | str | Path) -> BertConfig:
-        if isinstance(source, BertConfig):
-            return cls.from_dict(vars(source))
-        return cls.from_dict(source) if isinstance(source, dict) else cls.from_json_file(source)
-
-
-@dataclass
-class Output:
-    """What a model returns: fields by name, or those that are set by position (as a transformers output)."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
-    past_key_values: list[KeyValue] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    cross_attentions: tuple[Tensor, ...] | None = None
-
-    def to_tuple(self) -> tuple:
-        return tuple(value for value in vars(self).values() if value is not None)
-
-    def __getitem__(self, key):
-        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
 
 
 class BertEmbeddings(nn.Module):
@@ -120,7 +54,7 @@ class BertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(inputs_embeds + self.position_embeddings(position_ids)))
 
 
-class BertSelfAttention(nn.Module):
+class BertSelfAttention(KeepsAttention):
     """Multi-head attention over the text itself, or with `is_cross_attention` over image tokens.
 
     Set `save_attention = True` to keep the attention map and its gradient for Grad-CAM, as in official BLIP.
@@ -140,20 +74,6 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(source_width, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.save_attention = False
-        self.attn_gradients: Tensor | None = None
-        self.attention_map: Tensor | None = None
-
-    def save_attn_gradients(self, gradients: Tensor) -> None:
-        self.attn_gradients = gradients
-
-    def get_attn_gradients(self) -> Tensor | None:
-        return self.attn_gradients
-
-    def save_attention_map(self, attention_map: Tensor) -> None:
-        self.attention_map = attention_map
-
-    def get_attention_map(self) -> Tensor | None:
-        return self.attention_map
 
     def heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_attention_heads, -1).transpose(1, 2)
@@ -183,9 +103,7 @@ class BertSelfAttention(nn.Module):
                 scores = scores.masked_fill(~mask, -10000.0) if mask.dtype == torch.bool else scores + mask
             weights = scores.softmax(-1)
             if self.save_attention:
-                self.save_attention_map(weights)
-                if weights.requires_grad:
-                    weights.register_hook(self.save_attn_gradients)
+                self.keep(weights)
             context = self.dropout(weights) @ value
         else:
             context = attention(query, key, value, mask, self.dropout.p if self.training else 0.0)
