@@ -31,7 +31,11 @@ def test_official_sizes_and_their_quirk():
 
 @pytest.mark.parametrize(
     "vit, size, message",
-    [("huge", 224, '"base", "large"'), ({"widht": 3}, 32, "widht"), (SMALL, 33, "multiple of the patch size 8")],
+    [
+        ("huge", 224, '"base", "large"'),
+        ({"widht": 3}, 32, "widht"),
+        (SMALL, 33, "multiple of the patch size 8"),
+    ],
 )
 def test_impossible_encoders_are_refused(vit, size, message):
     with pytest.raises(ValueError, match=message):

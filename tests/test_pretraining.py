@@ -9,6 +9,7 @@ import pytest
 from blipfast import cli
 from blipfast.data.emoji import unpack
 from blipfast.text import train_tokenizer
+from blipfast.train import main
 from tests import launch
 from tests.launch import TESTS, losses
 
@@ -102,6 +103,12 @@ def test_a_run_leaves_weights_figures_gallery_and_curves_that_are_usable_at_once
     assert exported.stat().st_size > 0
 
 
+def test_a_run_in_bf16_is_evaluated_in_fp32(emoji, tmp_path):
+    settings = ("train.precision=bf16", "train.max_steps=2", "train.accumulation=1")
+    assert main(arguments(emoji, tmp_path, *settings, test=True)) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 12
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -113,8 +120,6 @@ def test_a_run_leaves_weights_figures_gallery_and_curves_that_are_usable_at_once
     ],
 )
 def test_a_mistake_is_one_message_before_any_training(emoji, tmp_path, settings, message, capsys):
-    from blipfast.train import main
-
     assert main(arguments(emoji, tmp_path / "run", *settings)[:-1]) == 1
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed and printed.count("error:") == 1

@@ -27,8 +27,13 @@ def evaluate(config: Config, test: RetrievalView, run: Path, device: torch.devic
     """Figures of the model in `run` on a test view, and run/gallery.html.
 
     Retrieval recall (official names, per cent) after ITM reranking and, as itc_*, before; ITM accuracy on hard pairs
-    beside its prior; per cent of captions equal to a true one.
+    beside its prior; per cent of captions equal to a true one. In fp32, whatever precision the run trains in.
     """
+    with torch.autocast(device.type, enabled=False):
+        return _evaluate(config, test, run, device)
+
+
+def _evaluate(config: Config, test: RetrievalView, run: Path, device: torch.device) -> dict[str, float]:
     start, settings = time.time(), config.evaluate
     matcher = load_matcher(run).to(device)
     transform = eval_transform(matcher.visual_encoder.image_size)
