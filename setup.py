@@ -13,7 +13,7 @@ extras = {
     "fast": ["simplejpeg>=1.8"],
     "plot": ["matplotlib>=3.8"],
 }
-extras["dev"] = ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.9", "transformers>=5"]
+extras["dev"] = ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.9", "transformers>=5", "webdataset>=1"]
 extras["all"] = sorted({package for packages in extras.values() for package in packages})
 
 setup(

@@ -238,7 +238,8 @@ def data_emoji(args: argparse.Namespace) -> int:
     """Unpack the emoji pictures that come with the package."""
     from blipfast.data import emoji
 
-    emoji.unpack(args.folder, unseen=args.unseen, groups=args.groups)
+    folder = emoji.unpack(args.folder, unseen=args.unseen, groups=args.groups)
+    print(f"wrote {folder}: train.jsonl, test.jsonl and the pictures of each vendor")
     return 0
 
 

@@ -244,11 +244,17 @@ def test_a_bad_caption_file_is_named_and_nothing_is_overwritten(capsys, tmp_path
     assert (tmp_path / "old.json").read_text() == "old"
 
 
-def test_the_emoji_verb_unpacks_where_it_is_told(capsys, monkeypatch, tmp_path):
+def test_the_emoji_verb_unpacks_what_and_where_it_is_told(capsys, monkeypatch, tmp_path):
     told = []
-    monkeypatch.setattr("blipfast.data.emoji.unpack", told.append, raising=False)
+
+    def unpack(directory, unseen, groups):
+        told.append((directory, unseen, groups))
+        return tmp_path
+
+    monkeypatch.setattr("blipfast.data.emoji.unpack", unpack)
     assert blipfast(capsys, "data", "emoji", tmp_path)[0] == 0
-    assert told == [str(tmp_path)]
+    assert blipfast(capsys, "data", "emoji", tmp_path, "--unseen", "noto", "--groups", "all")[0] == 0
+    assert told == [(str(tmp_path), "fluent", "concrete"), (str(tmp_path), "noto", "all")]
 
 
 def test_doctor_reports_the_installation(capsys):
