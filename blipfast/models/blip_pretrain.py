@@ -12,7 +12,7 @@ from . import gather
 from .blip import start_with, text_config
 from .checkpoint import load_bert, load_vit
 from .med import BertLMHeadModel, BertModel
-from .momentum import MomentumModel, contrastive_loss, hard_negatives, matching_loss
+from .momentum import MomentumModel, contrastive_loss, hard_negatives
 from .vit import create_vit
 
 
@@ -83,10 +83,10 @@ class BLIP_Pretrain(MomentumModel):
         self.temp = nn.Parameter(temperature * torch.ones([]))
 
     def forward(self, image: Tensor, caption, alpha: float, return_dict: bool = False):
-        self.begin_forward()
         B, device = len(image), image.device
         if len(caption) != B:
             raise ValueError(f"{B} pictures need {B} captions, got {len(caption)}.")
+        self.begin_forward()
         text = self.tokenize(caption, device)
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
@@ -102,14 +102,14 @@ class BLIP_Pretrain(MomentumModel):
             keys_i, keys_t, key_id = (gather.concat_all_gather(x) for x in (keys_i, keys_t, key_id))
         own = torch.arange(B, device=device) + (gather.rank() * B if self.negative_all_rank else 0)
         same = F.one_hot(own, len(key_id)).bool()
+        too_early = (self.queued < self.queue_warmup).expand(self.queue_size)
         if self.duplicates == "positive":
             same = same | (caption_id[:, None] == key_id[None])
-            queued = (caption_id[:, None] == self.idx_queue) & (self.queued >= self.queue_warmup)
+            queued = (caption_id[:, None] == self.idx_queue) & ~too_early
         else:
             queued = torch.zeros(B, self.queue_size, dtype=torch.bool, device=device)
         positives = torch.cat([same, queued], 1).float()
         positives = positives / positives.sum(1, keepdim=True)
-        too_early = (self.queued < self.queue_warmup).expand(self.queue_size)
         ignored = F.pad(too_early, (len(key_id), 0)) if self.queue_warmup else None
         keys_i = torch.cat([keys_i.t(), self.image_queue.float()], 1)
         keys_t = torch.cat([keys_t.t(), self.text_queue.float()], 1)
@@ -124,22 +124,13 @@ class BLIP_Pretrain(MomentumModel):
         # ITM: the pairs themselves, a hard text for every image, a hard image for every text
         K = len(key_id)
         with torch.no_grad():
-            text_negative, has_text = hard_negatives(sim_i2t[:, :K].softmax(1) + 1e-4, same)
-            image_negative, has_image = hard_negatives(sim_t2i[:, :K].softmax(1) + 1e-4, same)
+            text_negative = hard_negatives(sim_i2t[:, :K].softmax(1) + 1e-4, same)
+            image_negative = hard_negatives(sim_t2i[:, :K].softmax(1) + 1e-4, same)
         images, ids, mask = image_embeds, text.input_ids, text.attention_mask
         if self.negative_all_rank:
             images = gather.all_gather_with_grad(image_embeds)
             ids, mask = gather.concat_all_gather(ids), gather.concat_all_gather(mask)
-        rows = torch.cat([own, text_negative, own])
-        out = self.text_encoder(
-            start_with(ids[rows], self.tokenizer.enc_token_id),
-            attention_mask=mask[rows],
-            encoder_hidden_states=images,
-            encoder_index=torch.cat([own, own, image_negative]),
-        )
-        match = torch.cat([torch.ones(B, dtype=torch.long), torch.zeros(2 * B, dtype=torch.long)]).to(device)
-        counts = torch.cat([torch.ones_like(has_text), has_text, has_image])
-        loss_itm, accuracy = matching_loss(self.itm_head(out.last_hidden_state[:, 0]), match, counts)
+        loss_itm, accuracy = self.itm_loss(images, ids, mask, own, text_negative, image_negative)
 
         # LM
         ids = start_with(text.input_ids, self.tokenizer.bos_token_id)
@@ -160,11 +151,6 @@ class BLIP_Pretrain(MomentumModel):
         return self.tokenizer(
             caption, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(device)
-
-    @staticmethod
-    def text_features(encoder: nn.Module, projection: nn.Module, text) -> Tensor:
-        out = encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
-        return F.normalize(projection(out.last_hidden_state[:, 0]), dim=-1)
 
     def caption_id(self, text) -> Tensor:
         """A number for each caption [B] int64, equal for equal captions (a polynomial hash of the token ids)."""

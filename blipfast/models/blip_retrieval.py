@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from blipfast.text import init_tokenizer
 
 from . import gather
-from .blip import start_with, text_config
+from .blip import text_config
 from .checkpoint import load_checkpoint
 from .gather import GatherLayer, all_gather_with_grad, concat_all_gather
 from .med import BertModel
-from .momentum import MomentumModel, contrastive_loss, hard_negatives, matching_loss
+from .momentum import MomentumModel, contrastive_loss, hard_negatives
 from .vit import create_vit
 
 __all__ = ["BLIP_Retrieval", "GatherLayer", "all_gather_with_grad", "blip_retrieval", "concat_all_gather"]
@@ -99,26 +99,12 @@ class BLIP_Retrieval(MomentumModel):
             temp = self.temp.float()
             text_weights = (image_feat.float() @ other_text.float().t() / temp).masked_fill(same, -torch.inf)
             image_weights = (text_feat.float() @ other_image.float().t() / temp).masked_fill(same, -torch.inf)
-            text_negative, has_text = hard_negatives(text_weights.softmax(1).nan_to_num(), same)
-            image_negative, has_image = hard_negatives(image_weights.softmax(1).nan_to_num(), same)
+            text_negative = hard_negatives(text_weights.softmax(1).nan_to_num(), same)
+            image_negative = hard_negatives(image_weights.softmax(1).nan_to_num(), same)
         if self.negative_all_rank:
             images = all_gather_with_grad(image_embeds)
-        rows = torch.cat([own, text_negative, own])
-        out = self.text_encoder(
-            start_with(ids[rows], self.tokenizer.enc_token_id),
-            attention_mask=mask[rows],
-            encoder_hidden_states=images,
-            encoder_index=torch.cat([own, own, image_negative]),
-        )
-        match = torch.cat([torch.ones(B, dtype=torch.long), torch.zeros(2 * B, dtype=torch.long)]).to(device)
-        counts = torch.cat([torch.ones_like(has_text), has_text, has_image])
-        loss_itm, _ = matching_loss(self.itm_head(out.last_hidden_state[:, 0]), match, counts)
+        loss_itm, _ = self.itm_loss(images, ids, mask, own, text_negative, image_negative)
         return (loss_i2t + loss_t2i) / 2, loss_itm
-
-    @staticmethod
-    def text_features(encoder: nn.Module, projection: nn.Module, text) -> Tensor:
-        out = encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
-        return F.normalize(projection(out.last_hidden_state[:, 0]), dim=-1)
 
 
 def blip_retrieval(pretrained="", **kwargs) -> BLIP_Retrieval:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import gather
+from .blip import start_with
 
 
 class MomentumModel(nn.Module):
@@ -33,9 +34,8 @@ class MomentumModel(nn.Module):
         # Which caption or image each entry belongs to; -100: none, the random ones of the start.
         self.register_buffer("idx_queue", torch.full((1, queue_size), -100), persistent=self.saves_ids)
         self.register_buffer(pointer, torch.zeros(1, dtype=torch.long))
-        self.register_buffer(
-            "queued", torch.zeros(1, dtype=torch.long), persistent=False
-        )  # samples written so far
+        # how many samples were written so far
+        self.register_buffer("queued", torch.zeros(1, dtype=torch.long), persistent=False)
         self.waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     saves_ids = True
@@ -78,6 +78,38 @@ class MomentumModel(nn.Module):
             for _, momentum in self.model_pairs:
                 momentum.eval()
         return self
+
+    @staticmethod
+    def text_features(encoder: nn.Module, projection: nn.Module, text) -> Tensor:
+        """Projected, normalised features [B, E] of a tokenised batch."""
+        out = encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
+        return F.normalize(projection(out.last_hidden_state[:, 0]), dim=-1)
+
+    def itm_loss(
+        self,
+        images: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        own: Tensor,
+        text_negative: tuple[Tensor, Tensor],
+        image_negative: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """ITM loss and accuracy on the pairs themselves, a hard text for every image, a hard image for every text.
+
+        images [M, N, D_v], ids and mask [M, T] of all candidates; own [B]: which of them are this batch's; the
+        negatives are what `hard_negatives` gives.
+        """
+        (text, has_text), (image, has_image) = text_negative, image_negative
+        rows = torch.cat([own, text, own])
+        out = self.text_encoder(
+            start_with(ids[rows], self.tokenizer.enc_token_id),
+            attention_mask=mask[rows],
+            encoder_hidden_states=images,
+            encoder_index=torch.cat([own, own, image]),
+        )
+        labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
+        counts = torch.cat([torch.ones_like(has_text), has_text, has_image])
+        return matching_loss(self.itm_head(out.last_hidden_state[:, 0]), labels, counts)
 
     @torch.no_grad()
     def begin_forward(self) -> None:

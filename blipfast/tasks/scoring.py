@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blipfast.models.blip_itm import BLIP_ITM
-from blipfast.models.momentum import sample_negatives
+from blipfast.models.momentum import hard_negatives
 
 UNSCORED = -100.0
 
@@ -86,19 +86,20 @@ class Collection:
         truth = torch.zeros_like(self.similarity, dtype=torch.bool)
         for image, texts in enumerate(img2txt):
             truth[image, texts] = True
-        state = torch.get_rng_state()
-        torch.manual_seed(seed)
-        weights = (self.similarity / temperature).softmax(1).masked_fill(truth, 0) + 1e-9
-        hard_text = sample_negatives(weights.masked_fill(truth, 0))
         own = torch.tensor([texts[0] for texts in img2txt])
-        weights = (self.similarity / temperature).softmax(0).t()[own] + 1e-9
-        hard_image = sample_negatives(weights.masked_fill(truth.t()[own], 0))
-        torch.set_rng_state(state)
+        sharp = self.similarity / temperature
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            hard_text, has_text = hard_negatives(sharp.softmax(1), truth)
+            hard_image, has_image = hard_negatives(sharp.softmax(0).t()[own], truth.t()[own])
         right = 0
         by_image: list[list[tuple[int, int]]] = [[] for _ in img2txt]
         for image in range(len(img2txt)):
-            by_image[image] += [(int(own[image]), 1), (int(hard_text[image]), 0)]
-            by_image[int(hard_image[image])].append((int(own[image]), 0))
+            by_image[image].append((int(own[image]), 1))
+            if has_text[image]:
+                by_image[image].append((int(hard_text[image]), 0))
+            if has_image[image]:
+                by_image[int(hard_image[image])].append((int(own[image]), 0))
         for image, pairs in enumerate(by_image):
             texts, labels = map(torch.tensor, zip(*pairs))
             right += int((self.match(image, texts).argmax(1) == labels).sum())
