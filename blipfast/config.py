@@ -61,9 +61,12 @@ class DataConfig:
     """Pairs, captions and augmentation."""
 
     train: list[str] = field(default_factory=list)  # .json, .jsonl, a folder, or shards "x-{000..009}.tar"
-    format: str = "auto"  # auto, pairs, folder, shards, coco, flickr30k
+    format: str = "auto"  # auto, pairs, folder, shards, coco, flickr30k, nocaps, vqa, nlvr, msrvtt
     image_root: str = ""
+    vg_root: str = ""  # pictures of Visual Genome, for VQA's vg_qa.json
+    val: str = ""  # what the best checkpoint is chosen on
     test: str = ""  # Karpathy-style JSON/JSONL or any pairs source, for retrieval and caption evaluation
+    answers: str = ""  # VQA: a JSON list of the answers to rank
     test_image_root: str = ""
     samples_per_epoch: int = 0  # for shards whose size is not known; 0: count them
     max_words: int = 30
@@ -110,6 +113,10 @@ class TrainConfig:
     save_every: int = 0  # optimizer steps between checkpoints; 0: at the end of each epoch
     keep_checkpoints: int = 2
     evaluate_every: int = 0  # epochs between evaluations; 0: at the end only
+    select: str = (
+        ""  # metric that chooses the best weights, higher is better; empty: the task's official rule
+    )
+    patience: int = 0  # evaluations without a better one before training stops; 0: run all epochs
 
 
 @dataclass
@@ -122,6 +129,10 @@ class EvaluateConfig:
     max_length: int = 20
     min_length: int = 5
     prompt: str = ""
+    repetition_penalty: float = 1.0
+    score: str = "itm+itc"  # retrieval reranking: ITM logit + ITC cosine (official), itm or itc alone
+    inference: str = "rank"  # VQA: rank the answer list, or generate
+    frames: int = 8  # of a video
     gallery: int = 60  # pictures shown in the gallery
 
 
@@ -156,6 +167,9 @@ OFFICIAL_NAMES = {
     "init_lr": "train.lr", "min_lr": "train.min_lr", "warmup_lr": "train.warmup_lr",
     "warmup_steps": "train.warmup_steps", "lr_decay_rate": "train.lr_decay_rate",
     "weight_decay": "train.weight_decay", "batch_size_test": "evaluate.batch_size", "k_test": "evaluate.k_test",
+    "vqa_root": "data.image_root", "vg_root": "data.vg_root", "train_files": "data.train",
+    "video_root": "data.image_root",
+    "inference": "evaluate.inference", "num_frm_test": "evaluate.frames",
     "num_beams": "evaluate.num_beams", "max_length": "evaluate.max_length", "min_length": "evaluate.min_length",
 }  # fmt: skip
 

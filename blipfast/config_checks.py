@@ -13,14 +13,27 @@ if TYPE_CHECKING:
 Report = Callable[[str, str], None]
 
 _CHOICES = {
-    "task": ("pretrain",),
+    "task": ("pretrain", "caption", "retrieval", "vqa", "nlvr"),
     "loss.duplicates": ("negative", "positive"),
-    "data.format": ("auto", "pairs", "folder", "shards", "coco", "flickr30k"),
+    "data.format": (
+        "auto",
+        "pairs",
+        "folder",
+        "shards",
+        "coco",
+        "flickr30k",
+        "nocaps",
+        "vqa",
+        "nlvr",
+        "msrvtt",
+    ),
     "data.randaugment": ("official", "strong", "none"),
     "data.background": ("white", "black", "random"),
     "train.optimizer": ("adamw", "deepspeed", "apex"),
     "train.schedule": ("step", "cosine", "warmup_cosine"),
     "train.precision": ("fp32", "bf16", "auto"),
+    "evaluate.score": ("itm+itc", "itm", "itc"),
+    "evaluate.inference": ("rank", "generate"),
 }
 
 # (lowest, highest, whether the lowest itself is refused): the settings it holds for
@@ -28,15 +41,16 @@ _RANGES = {
     (1, math.inf, False): """
         model.image_size model.embed_dim model.queue_size data.max_words train.epochs train.batch_size
         train.accumulation train.log_every train.keep_checkpoints evaluate.batch_size evaluate.k_test
-        evaluate.num_beams evaluate.max_length""",
+        evaluate.num_beams evaluate.max_length evaluate.frames""",
     (3, math.inf, False): "data.max_tokens",  # [CLS], one token, [SEP]
     (0, math.inf, False): """
         seed model.vit_ckpt_layer loss.itc loss.itm loss.lm loss.mlm loss.alpha_ramp_epochs loss.queue_warmup
         data.samples_per_epoch data.workers data.noise train.max_steps train.min_lr train.warmup_lr
         train.warmup_steps train.weight_decay train.grad_clip train.save_every train.evaluate_every
-        evaluate.min_length evaluate.gallery""",
+        train.patience evaluate.min_length evaluate.gallery""",
     (0, math.inf, True): """
-        loss.temperature loss.temperature_min loss.temperature_max train.lr train.eps""",
+        loss.temperature loss.temperature_min loss.temperature_max train.lr train.eps
+        evaluate.repetition_penalty""",
     (0, 1, False): """
         model.momentum loss.alpha loss.label_smoothing loss.mlm_probability data.flip data.word_dropout
         data.word_swap""",

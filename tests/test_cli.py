@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from blipfast import cli, doctor
+from blipfast.commands.tokenizer import read_captions
 from blipfast.config import Config, save_config
 from blipfast.text import load_tokenizer, train_tokenizer
 
@@ -214,7 +215,7 @@ def test_a_tokenizer_is_trained_from_every_kind_of_caption_file(capsys, tmp_path
         '[{"caption": ["빨간 개", "빨간 개"]}, {"caption": "x"}]', encoding="utf-8"
     )
     files = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.json")]
-    assert [list(cli.read_captions(path)) for path in files] == [
+    assert [list(read_captions(path)) for path in files] == [
         ["a red dog", "a red cat"], ["一只狗", "一只狗"], ["빨간 개", "빨간 개", "x"],
     ]  # fmt: skip
     output = tmp_path / "tokenizer.json"

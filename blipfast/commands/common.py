@@ -1,0 +1,66 @@
+"""What the verbs share. Only argparse is imported until a verb runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blipfast.config import Config
+
+
+def add_verb(
+    verbs: Any, name: str, run: Any, help: str, examples: str | None = None
+) -> argparse.ArgumentParser:
+    """Add a verb that calls `run(args)`; without `run` it prints its own help."""
+    parser = verbs.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a verb that runs a model."""
+    parser.add_argument("--model", required=True, help="a run folder, or a checkpoint (.pth, .safetensors)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1")
+    return number
+
+
+def run_settings(model: str) -> Config:
+    """The config of a run folder; the defaults for a checkpoint file."""
+    from blipfast.config import Config, load_config
+
+    saved = Path(model) / "config.yaml"
+    return load_config(saved) if saved.is_file() else Config()
+
+
+def choose_device(name: str | None) -> str:
+    """`name`, or the GPU if there is one. Raises ValueError for a device that cannot be used."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def explain(error: Exception) -> str:
+    """An error in the words of the file it is about."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

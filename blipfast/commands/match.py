@@ -1,0 +1,50 @@
+"""`blipfast match`: texts scored against a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .common import add_model, add_verb, choose_device, run_settings
+
+EXAMPLES = """example:
+  blipfast match --model runs/emoji dog.png "dog face" "red apple"
+"""
+
+
+def add(verbs: Any) -> None:
+    parser = add_verb(verbs, "match", match, "score texts against a picture", EXAMPLES)
+    add_model(parser)
+    parser.add_argument("picture", metavar="PICTURE")
+    parser.add_argument("texts", nargs="+", metavar="TEXT")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+
+
+def match(args: argparse.Namespace) -> int:
+    """Print, for each text, the ITM probability that it matches the picture and their ITC cosine."""
+    import torch
+
+    from blipfast.data.images import load_image
+    from blipfast.data.transforms import eval_transform
+    from blipfast.models.run import load_matcher
+    from blipfast.text import pre_caption
+
+    data = run_settings(args.model).data
+    texts = [pre_caption(text, data.max_words) if data.clean_captions else text for text in args.texts]
+    device = choose_device(args.device)
+    model = load_matcher(args.model).to(device).eval()
+    image = eval_transform(model.visual_encoder.image_size)(load_image(args.picture), None)[None].to(device)
+    with torch.inference_mode():
+        cosines = model(image, texts, match_head="itc")[0].tolist()
+        logits = model(image.expand(len(texts), -1, -1, -1), texts, match_head="itm")
+        probabilities = logits.float().softmax(1)[:, 1].tolist()
+    if args.json:
+        rows = zip(args.texts, probabilities, cosines)
+        scores = [{"text": text, "itm": probability, "itc": cosine} for text, probability, cosine in rows]
+        print(json.dumps({"path": args.picture, "scores": scores}, indent=2, ensure_ascii=False))
+        return 0
+    print("match (ITM)  cosine (ITC)  text")
+    for text, probability, cosine in zip(args.texts, probabilities, cosines):
+        print(f"{probability:11.1%}  {cosine:12.3f}  {text}")
+    return 0
