@@ -108,9 +108,10 @@ def test_caption_options_reach_the_model_and_the_run_gives_their_defaults(
     class Captioner(torch.nn.Module):
         visual_encoder = types.SimpleNamespace(image_size=16)
 
-        def generate(self, image, **how):
-            called.update(how, shape=tuple(image.shape))
-            return ["a dog"] * len(image)
+        def generate_stream(self, batches, batch_size, **how):
+            for images in batches:
+                called.update(how, shape=tuple(images.shape))
+                yield from [["a dog"]] * len(images)
 
     def load(path, **how):
         called.update(how)

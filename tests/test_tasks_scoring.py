@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from blipfast.models.blip_itm import BLIP_ITM
@@ -10,11 +11,11 @@ from blipfast.tasks.scoring import UNSCORED, Collection
 TEXTS = ["a cat", "a small dog on the beach", "two birds", "the sea", "an apple"]
 
 
-def collection(small, images):
+def collection(small, images, **settings):
     torch.manual_seed(0)
     model = BLIP_ITM(embed_dim=8, **small).eval()
     with torch.no_grad():
-        return model, Collection(model, images.split(3), TEXTS, "cpu", batch_size=2)
+        return model, Collection(model, lambda i: images[i], 4, TEXTS, "cpu", batch_size=2, **settings)
 
 
 @torch.no_grad()
@@ -51,3 +52,31 @@ def test_itm_accuracy_is_a_matter_of_the_head(small, images):
     assert torch.equal(torch.get_rng_state(), state)
     model.itm_head.bias.copy_(torch.tensor([0.0, 1.0]))
     assert found.itm_accuracy(truth) == 1 / 3
+
+
+@torch.no_grad()
+def test_little_memory_and_small_passes_change_no_score(small, images, monkeypatch):
+    model, found = collection(small, images)
+    expected = found.rerank(k=3)
+    _, poor = collection(small, images, memory=0, pairs=8)
+    assert len(found.states) == 4 and not poor.states
+    score, sizes = poor.score, []
+
+    def short_of_memory(batch, wanted):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("pretended")
+        return score(batch, wanted)
+
+    monkeypatch.setattr(poor, "score", short_of_memory)
+    scores = poor.rerank(k=3)
+    torch.testing.assert_close(scores.i2t, expected.i2t, rtol=1e-5, atol=1e-5)
+    assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) <= {1, 2}
+
+
+def test_a_collection_needs_pictures_and_texts(small, images):
+    model = BLIP_ITM(embed_dim=8, **small).eval()
+    with pytest.raises(ValueError, match="there are 4 and 0"):
+        Collection(model, lambda i: images[i], 4, [], "cpu")
+    with pytest.raises(ValueError, match="there are 0 and 5"):
+        Collection(model, lambda i: images[i], 0, TEXTS, "cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from .common import add_model, add_verb, choose_device, explain, positive, run_settings
@@ -62,26 +63,34 @@ def caption(args: argparse.Namespace) -> int:
         "repetition_penalty": args.repetition_penalty,
     }
     torch.manual_seed(args.seed)
-    results: list[dict[str, str]] = []
-    for start in range(0, len(args.pictures), args.batch_size):
-        entries, images = [], []
-        for path in args.pictures[start : start + args.batch_size]:
+    readable: list[str] = []
+    failed: dict[str, str] = {}
+
+    def batches() -> Iterator[torch.Tensor]:
+        images = []
+        for path in args.pictures:
             try:
                 images.append(transform(load_image(path), None))
-                entries.append({"path": path})
+                readable.append(path)
             except (ValueError, OSError) as error:
-                entries.append({"path": path, "error": explain(error)})
+                failed[path] = explain(error)
+                print(f"blipfast: {failed[path]}", file=sys.stderr)
+            if len(images) == args.batch_size:
+                yield torch.stack(images).to(device)
+                images = []
         if images:
-            with torch.inference_mode():
-                captions = iter(model.generate(torch.stack(images).to(device), **how))
-        for entry in entries:
-            if "error" in entry:
-                print(f"blipfast: {entry['error']}", file=sys.stderr)
-            else:
-                entry["caption"] = next(captions)
-                if not args.json:
-                    print(f"{entry['path']}: {entry['caption']}", flush=True)
-        results += entries
+            yield torch.stack(images).to(device)
+
+    found: dict[str, str] = {}
+    for place, texts in enumerate(model.generate_stream(batches(), batch_size=args.batch_size, **how)):
+        path = readable[place]
+        found[path] = texts[0]
+        if not args.json:
+            print(f"{path}: {texts[0]}", flush=True)
     if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
-    return 1 if any("error" in result for result in results) else 0
+        entries = [
+            {"path": path} | ({"error": failed[path]} if path in failed else {"caption": found[path]})
+            for path in args.pictures
+        ]
+        print(json.dumps(entries, indent=2, ensure_ascii=False))
+    return 1 if failed else 0

@@ -36,8 +36,9 @@ def match(args: argparse.Namespace) -> int:
     model = load_matcher(args.model).to(device).eval()
     image = eval_transform(model.visual_encoder.image_size)(load_image(args.picture), None)[None].to(device)
     with torch.inference_mode():
-        cosines = model(image, texts, match_head="itc")[0].tolist()
-        logits = model(image.expand(len(texts), -1, -1, -1), texts, match_head="itm")
+        states, ids = model.visual_encoder(image), model.encode_text(texts)
+        cosines = (model.image_features(states) @ model.text_features(ids).t())[0].tolist()
+        logits = model.match(model.image_states(states), ids, [0] * len(ids))
         probabilities = logits.float().softmax(1)[:, 1].tolist()
     if args.json:
         rows = zip(args.texts, probabilities, cosines)

@@ -7,14 +7,18 @@ Beyond them, `vit` may be a mapping {width, depth, heads, patch_size}, `med_conf
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 
 from blipfast.text import init_tokenizer
 
 from .checkpoint import is_url, load_checkpoint
-from .generation import generate
+from .generation import Rules, generate, stream
 from .med import BertConfig, BertLMHeadModel, BertModel
+from .packed import image_states, language_loss, language_part, run
+from .packing import Ragged
 from .vit import create_vit
 
 __all__ = [
@@ -110,16 +114,13 @@ class BLIP_Decoder(nn.Module):
 
     def forward(self, image: Tensor, caption: list[str]) -> Tensor:
         """Label-smoothed LM loss, mean over the tokens after the prompt. Captions are cut at 40 tokens."""
-        image_embeds = self.visual_encoder(image)
-        text = self.tokenizer(
-            caption, padding="longest", truncation=True, max_length=40, return_tensors="pt"
-        ).to(image.device)
-        input_ids = start_with(text.input_ids, self.tokenizer.bos_token_id)
-        labels = input_ids.masked_fill(input_ids == self.tokenizer.pad_token_id, -100)
-        labels[:, : self.prompt_length] = -100
-        return self.text_decoder.lm_loss(
-            input_ids, labels, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
-        )
+        if len(caption) != len(image):
+            raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(caption)}.")
+        texts = self.tokenizer(caption, truncation=True, max_length=40).input_ids
+        text = Ragged.of(texts, image.device, self.tokenizer.bos_token_id)
+        part = language_part(self.text_decoder, text, self.prompt_length)
+        images = image_states(self.text_decoder.bert.encoder, self.visual_encoder(image))
+        return language_loss(self.text_decoder, part, run([part], images)[0])
 
     @torch.no_grad()
     def generate(
@@ -132,45 +133,90 @@ class BLIP_Decoder(nn.Module):
         top_p=0.9,
         repetition_penalty=1.0,
         length_norm="with_prompt",
+        **rules,
     ) -> list[str]:
         """Captions, by beam search or (`sample`) by nucleus sampling, the prompt taken off.
 
         Lengths count the prompt's tokens. Official quirks, kept: sampling also applies top_k = 50 and always a
         repetition penalty of 1.1; a beam's score is divided by its length with the prompt. length_norm="generated"
-        divides by the length without it, as transformers since 4.36.
+        divides by the length without it, as transformers since 4.36. num_return: captions an image, one behind the
+        other. Other `rules`: max_new_tokens, length_penalty, top_k, batch_size (see `generation.generate`).
         """
-        prompt = self.tokenizer([self.prompt], return_tensors="pt").input_ids.to(image.device)
-        prompt = start_with(prompt, self.tokenizer.bos_token_id)[:, :-1].expand(len(image), -1)
         ids = generate(
             self.text_decoder,
-            prompt,
+            self.prompt_ids(image.device),
             image_embeds=self.visual_encoder(image),
-            eos_token_id=self.tokenizer.sep_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
+            **self.rules(sample, num_beams, repetition_penalty),
             max_length=max_length,
             min_length=min_length,
-            num_beams=1 if sample else num_beams,
-            sample=sample,
             top_p=top_p,
-            repetition_penalty=1.1 if sample else repetition_penalty,
             length_norm=length_norm,
+            **rules,
         )
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [text[len(self.prompt) :] for text in texts]
+        return self.captions(ids)
+
+    @torch.no_grad()
+    def generate_stream(
+        self,
+        batches: Iterable[Tensor],
+        sample=False,
+        num_beams=3,
+        repetition_penalty=1.0,
+        batch_size=16,
+        **rules,
+    ) -> Iterator[list[str]]:
+        """Captions of many pictures, in batches [B, 3, S, S] of any number: a list for each picture, in order.
+
+        A picture whose captions are finished leaves, and the next takes its place. Other `rules`: as of `generate`.
+        """
+        rules = Rules(**self.rules(sample, num_beams, repetition_penalty), **rules)
+        prompt = self.prompt_ids(self.text_decoder.cls.predictions.bias.device)
+        encoded = ((self.visual_encoder(images),) for images in batches)
+        early: dict[int, list[str]] = {}
+        due = 0
+        for number, texts in stream(self.text_decoder, prompt, encoded, rules, batch_size):
+            early[number] = self.captions(texts)
+            while due in early:
+                yield early.pop(due)
+                due += 1
+
+    def prompt_ids(self, device) -> Tensor:
+        """Token ids [T] that every caption starts from: [DEC] and the prompt."""
+        ids = self.tokenizer([self.prompt]).input_ids[0]
+        return torch.tensor([self.tokenizer.bos_token_id, *ids[1:-1]], device=device)
+
+    def rules(self, sample: bool, num_beams: int, repetition_penalty: float) -> dict:
+        return {
+            "eos_token_id": self.tokenizer.sep_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "sample": sample,
+            "num_beams": 1 if sample else num_beams,
+            "repetition_penalty": 1.1 if sample else repetition_penalty,
+        }
+
+    def captions(self, ids) -> list[str]:
+        """Token ids as text, without the prompt."""
+        return [
+            text[len(self.prompt) :] for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ]
 
 
-def blip_decoder(pretrained="", **kwargs) -> BLIP_Decoder:
-    """A captioner; `pretrained` is a file or URL, of which every weight of the captioner must be found."""
-    return load_complete(BLIP_Decoder(**kwargs), pretrained)
+def blip_decoder(pretrained="", allow_random=(), **kwargs) -> BLIP_Decoder:
+    """A captioner; see `load_complete` for `pretrained` and `allow_random`."""
+    return load_complete(BLIP_Decoder(**kwargs), pretrained, allow_random)
 
 
-def blip_feature_extractor(pretrained="", **kwargs) -> BLIP_Base:
-    """A feature extractor; `pretrained` is a file or URL, of which every weight of it must be found."""
-    return load_complete(BLIP_Base(**kwargs), pretrained)
+def blip_feature_extractor(pretrained="", allow_random=(), **kwargs) -> BLIP_Base:
+    """A feature extractor; see `load_complete` for `pretrained` and `allow_random`."""
+    return load_complete(BLIP_Base(**kwargs), pretrained, allow_random)
 
 
-def load_complete(model: nn.Module, pretrained: str) -> nn.Module:
-    """Load `pretrained`, if given; ValueError if the model would keep random weights."""
+def load_complete(model: nn.Module, pretrained: str, allow_random=()) -> nn.Module:
+    """Load `pretrained`, if given: a file, a run or Hugging Face folder, a URL, or a name on Hugging Face.
+
+    ValueError for weights that would stay random, unless `allow_random` names them (see `checkpoint.load_weights`);
+    True allows any: official BLIP leaves weights of retrieval, VQA and NLVR2 models random in silence.
+    """
     if pretrained:
-        load_checkpoint(model, pretrained, allow_missing=False)
+        load_checkpoint(model, pretrained, allow_missing=False, allow_random=allow_random)
     return model

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from blipfast.text import init_tokenizer
 
-from .blip import load_complete, start_with, text_config
+from .blip import load_complete, text_config
 from .med import BertModel
+from .packed import ImageStates, first_states, image_states
+from .packing import Ragged
 from .vit import create_vit
 
 
@@ -45,44 +47,41 @@ class BLIP_ITM(nn.Module):
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
         self.itm_head = nn.Linear(config.hidden_size, 2)
 
-    def encode_text(self, caption: list[str], device):
-        """Token ids and mask [B, T], cut at 35 tokens."""
-        return self.tokenizer(
-            caption, padding="longest", truncation=True, max_length=35, return_tensors="pt"
-        ).to(device)
+    def encode_text(self, caption: list[str]) -> list[list[int]]:
+        """Token ids of each text, cut at 35."""
+        return self.tokenizer(caption, truncation=True, max_length=35).input_ids
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """Projected, normalised features [B, E] of image states [B, N, D_v]."""
         return F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
 
-    def text_features(self, text) -> Tensor:
-        """Projected, normalised features [B, E] of a tokenised batch."""
-        out = self.text_encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
-        return F.normalize(self.text_proj(out.last_hidden_state[:, 0]), dim=-1)
+    def text_features(self, texts: list[list[int]]) -> Tensor:
+        """Projected, normalised features [B, E] of token ids."""
+        text = Ragged.of(texts, self.itm_head.weight.device)
+        return F.normalize(self.text_proj(first_states(self.text_encoder, text)), dim=-1)
 
-    def match(self, image_embeds: Tensor, text, encoder_index: Tensor | None = None) -> Tensor:
-        """ITM logits [B, 2] of texts against image states [M, N, D_v]; text b reads image encoder_index[b]."""
-        ids = text.input_ids
-        if self.compat != "official":
-            ids = start_with(ids, self.tokenizer.enc_token_id)
-        out = self.text_encoder(
-            ids,
-            attention_mask=text.attention_mask,
-            encoder_hidden_states=image_embeds,
-            encoder_index=encoder_index,
-        )
-        return self.itm_head(out.last_hidden_state[:, 0])
+    def image_states(self, image_embeds: Tensor) -> ImageStates:
+        """What `match` reads of image states [M, N, D_v], to be made once for all texts."""
+        return image_states(self.text_encoder.encoder, image_embeds)
+
+    def match(self, images: ImageStates, texts: list[list[int]], image: list[int] | None = None) -> Tensor:
+        """ITM logits [B, 2] of token ids against images; text b looks at image image[b] (None: at image b)."""
+        first = None if self.compat == "official" else self.tokenizer.enc_token_id
+        text = Ragged.of(texts, self.itm_head.weight.device, first)
+        return self.itm_head(first_states(self.text_encoder, text, images, image))
 
     def forward(self, image: Tensor, caption: list[str], match_head: str = "itm") -> Tensor:
         if match_head not in ("itm", "itc"):
             raise ValueError(f'match_head must be "itm" or "itc", got {match_head!r}.')
-        image_embeds = self.visual_encoder(image)
-        text = self.encode_text(caption, image.device)
+        texts = self.encode_text(caption)
         if match_head == "itm":
-            return self.match(image_embeds, text)
-        return self.image_features(image_embeds) @ self.text_features(text).t()
+            if len(caption) != len(image):
+                raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(caption)}.")
+            return self.match(self.image_states(self.visual_encoder(image)), texts)
+        image_feat = self.image_features(self.visual_encoder(image, class_only=True))
+        return image_feat @ self.text_features(texts).t()
 
 
-def blip_itm(pretrained="", **kwargs) -> BLIP_ITM:
-    """A matcher; `pretrained` is a file or URL, of which every weight of it must be found."""
-    return load_complete(BLIP_ITM(**kwargs), pretrained)
+def blip_itm(pretrained="", allow_random=(), **kwargs) -> BLIP_ITM:
+    """A matcher; see `load_complete` for `pretrained` and `allow_random`."""
+    return load_complete(BLIP_ITM(**kwargs), pretrained, allow_random)

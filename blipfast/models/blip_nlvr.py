@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from blipfast.text import init_tokenizer
 
-from .blip import start_with, text_config
+from .blip import text_config
 from .checkpoint import load_weights, read_state_dict
 from .nlvr_encoder import BertModel
+from .packed import first_states, image_states
+from .packing import Ragged
 from .vit import create_vit
 
 
@@ -18,6 +20,8 @@ class BLIP_NLVR(nn.Module):
 
     Returns the loss if `train`, else logits [B, 2] (class 1: true). `targets` [B] may be None in evaluation.
     """
+
+    starts_random = ("cls_head", "*.merge_layer.*")  # no pre-trained checkpoint has them
 
     def __init__(
         self,
@@ -42,21 +46,23 @@ class BLIP_NLVR(nn.Module):
     def forward(self, image: Tensor, text: list[str], targets: Tensor | None, train: bool = True) -> Tensor:
         if len(image) != 2 * len(text):
             raise ValueError(f"{len(text)} sentences need {2 * len(text)} pictures, got {len(image)}.")
-        encoding = self.tokenizer(text, padding="longest", return_tensors="pt").to(image.device)
-        out = self.text_encoder(
-            start_with(encoding.input_ids, self.tokenizer.enc_token_id),
-            attention_mask=encoding.attention_mask,
-            encoder_hidden_states=self.visual_encoder(image).chunk(2),
+        texts = self.tokenizer(text).input_ids
+        pictures = self.visual_encoder(image).chunk(2)
+        pair = tuple(
+            image_states(self.text_encoder.encoder, embeds, name=name)
+            for embeds, name in zip(pictures, ("self0", "self1"))
         )
-        prediction = self.cls_head(out.last_hidden_state[:, 0])
+        sentence = Ragged.of(texts, image.device, self.tokenizer.enc_token_id)
+        prediction = self.cls_head(first_states(self.text_encoder, sentence, pair))
         return F.cross_entropy(prediction.float(), targets) if train else prediction
 
 
-def blip_nlvr(pretrained="", **kwargs) -> BLIP_NLVR:
-    """An NLVR2 model; of `pretrained`, what is missing is listed (the merge layers and the head may be)."""
+def blip_nlvr(pretrained="", allow_random=(), **kwargs) -> BLIP_NLVR:
+    """An NLVR2 model; see `load_complete`. The merge layers and the head, which pre-training lacks, may be random."""
     model = BLIP_NLVR(**kwargs)
     if pretrained:
-        load_weights(model, twin_weights(read_state_dict(pretrained)), source=pretrained)
+        state = twin_weights(read_state_dict(pretrained))
+        load_weights(model, state, str(pretrained), allow_missing=False, allow_random=allow_random)
     return model
 
 

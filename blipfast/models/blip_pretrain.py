@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +11,12 @@ from torch import Tensor, nn
 from blipfast.text import init_tokenizer
 
 from . import gather
-from .blip import start_with, text_config
+from .blip import text_config
 from .checkpoint import load_bert, load_vit
 from .med import BertLMHeadModel, BertModel
 from .momentum import MomentumModel, contrastive_loss, hard_negatives
+from .packed import ImageStates, Part, all_states, image_states, language_loss, language_part, run
+from .packing import Ragged
 from .vit import create_vit
 
 
@@ -87,16 +91,18 @@ class BLIP_Pretrain(MomentumModel):
         if len(caption) != B:
             raise ValueError(f"{B} pictures need {B} captions, got {len(caption)}.")
         self.begin_forward()
-        text = self.tokenize(caption, device)
+        texts = self.tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
+        text = Ragged.of(texts, device)
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
         text_feat = self.text_features(self.text_encoder, self.text_proj, text)
         with torch.no_grad():
-            image_feat_m = F.normalize(self.vision_proj_m(self.visual_encoder_m(image)[:, 0]), dim=-1).float()
+            class_state = self.visual_encoder_m(image, class_only=True)[:, 0]
+            image_feat_m = F.normalize(self.vision_proj_m(class_state), dim=-1).float()
             text_feat_m = self.text_features(self.text_encoder_m, self.text_proj_m, text).float()
 
         # ITC
-        caption_id = self.caption_id(text)
+        caption_id = caption_ids(texts).to(device)
         keys_i, keys_t, key_id = image_feat_m, text_feat_m, caption_id
         if self.negative_all_rank:
             keys_i, keys_t, key_id = (gather.concat_all_gather(x) for x in (keys_i, keys_t, key_id))
@@ -121,62 +127,60 @@ class BLIP_Pretrain(MomentumModel):
         )
         self.end_forward(image_feat_m, text_feat_m, caption_id)
 
-        # ITM: the pairs themselves, a hard text for every image, a hard image for every text
+        # ITM and LM, in one pass over the weights they share
         K = len(key_id)
         with torch.no_grad():
             text_negative = hard_negatives(sim_i2t[:, :K].softmax(1) + 1e-4, same)
             image_negative = hard_negatives(sim_t2i[:, :K].softmax(1) + 1e-4, same)
-        images, ids, mask = image_embeds, text.input_ids, text.attention_mask
+        pairs = self.matching_pairs(text_negative, image_negative)
+        candidates = texts
         if self.negative_all_rank:
-            images = gather.all_gather_with_grad(image_embeds)
-            ids, mask = gather.concat_all_gather(ids), gather.concat_all_gather(mask)
-        loss_itm, accuracy = self.itm_loss(images, ids, mask, own, text_negative, image_negative)
-
-        # LM
-        ids = start_with(text.input_ids, self.tokenizer.bos_token_id)
-        labels = ids.masked_fill(ids == self.tokenizer.pad_token_id, -100)
-        loss_lm = self.text_decoder.lm_loss(
-            ids, labels, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
-        )
+            candidates = gather.gather_texts(texts, self.max_tokens, device)
+        paired = Ragged.of([candidates[i] for i in pairs.texts], device, self.tokenizer.enc_token_id)
+        matching = Part(self.text_encoder, paired, kept=(0, 1))
+        language = language_part(self.text_decoder, Ragged.of(texts, device, self.tokenizer.bos_token_id))
+        images = image_states(self.text_encoder.encoder, image_embeds)
+        itm_states, lm_states = run([matching, language], images, [pairs.images, None])
+        loss_itm, accuracy = self.matching_loss(itm_states, pairs)
+        loss_lm = language_loss(self.text_decoder, language, lm_states)
         losses = {"loss_ita": (loss_i2t + loss_t2i) / 2, "loss_itm": loss_itm, "loss_lm": loss_lm}
         if not return_dict:
             return tuple(losses.values())
         if self.mlm_probability:
-            losses["loss_mlm"] = self.mlm_loss(text, image_embeds)
+            losses["loss_mlm"] = self.mlm_loss(texts, images)
         return losses | {"itm_accuracy": accuracy, "temperature": self.temp.detach().clone()}
 
-    def tokenize(self, caption, device):
-        """Ids and mask of a list of captions. Padding stops at the longest, unless ranks must agree on the shape."""
-        padding = "max_length" if self.negative_all_rank and gather.world_size() > 1 else "longest"
-        return self.tokenizer(
-            caption, padding=padding, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        ).to(device)
-
-    def caption_id(self, text) -> Tensor:
-        """A number for each caption [B] int64, equal for equal captions (a polynomial hash of the token ids)."""
-        powers = torch.tensor([pow(1_000_003, i, 2**31) for i in range(text.input_ids.shape[1])])
-        tokens = text.input_ids * text.attention_mask
-        return (tokens * powers.to(tokens.device)).sum(1)
-
-    def mlm_loss(self, text, image_embeds: Tensor) -> Tensor:
+    def mlm_loss(self, texts: list[list[int]], images: ImageStates) -> Tensor:
         """Masked language modelling by the image-grounded encoder and the decoder's head.
 
         15 % (`mlm_probability`) of the word tokens are predicted; of them 80 % read [MASK], 10 % a random token, 10 %
         themselves. Not in BLIP's paper; the objective is BERT's and ALBEF's.
         """
-        ids = start_with(text.input_ids, self.tokenizer.enc_token_id)
-        words = text.attention_mask.bool() & (ids != self.tokenizer.sep_token_id)
-        words[:, 0] = False
-        chosen = (torch.rand(ids.shape, device=ids.device) < self.mlm_probability) & words
-        draw = torch.rand(ids.shape, device=ids.device)
-        random_ids = torch.randint_like(ids, len(self.tokenizer))
-        masked = torch.where(chosen & (draw < 0.8), self.tokenizer.mask_token_id, ids)
-        masked = torch.where(chosen & (draw >= 0.8) & (draw < 0.9), random_ids, masked)
-        out = self.text_encoder(
-            masked, attention_mask=text.attention_mask, encoder_hidden_states=image_embeds
+        device = images.layers[0][0].device
+        text = Ragged.of(texts, device, self.tokenizer.enc_token_id)
+        words = (text.ids != self.tokenizer.sep_token_id) & (text.rows.position > 0)
+        masked, chosen = mask_words(
+            text.ids, words, self.mlm_probability, self.tokenizer.mask_token_id, len(self.tokenizer)
         )
-        logits = self.text_decoder.cls(out.last_hidden_state[chosen])
-        return F.cross_entropy(logits.float(), ids[chosen], reduction="sum") / chosen.sum().clamp_min(1)
+        states = all_states(self.text_encoder, Ragged(masked, text.rows), images)
+        logits = self.text_decoder.cls(states[chosen])
+        return F.cross_entropy(logits.float(), text.ids[chosen], reduction="sum") / chosen.sum().clamp_min(1)
+
+
+def mask_words(
+    ids: Tensor, words: Tensor, probability: float, mask_id: int, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """BERT's masking of ids where `words`: the ids to read, and which of them are to be predicted."""
+    chosen = (torch.rand(ids.shape, device=ids.device) < probability) & words
+    draw = torch.rand(ids.shape, device=ids.device)
+    masked = torch.where(chosen & (draw < 0.8), mask_id, ids)
+    other = torch.randint_like(ids, vocab_size)
+    return torch.where(chosen & (draw >= 0.8) & (draw < 0.9), other, masked), chosen
+
+
+def caption_ids(texts: list[list[int]]) -> Tensor:
+    """A number for each text [B] int64, equal for equal texts, the same in every process."""
+    return torch.tensor([zlib.crc32(str(text).encode()) for text in texts])
 
 
 def blip_pretrain(**kwargs) -> BLIP_Pretrain:

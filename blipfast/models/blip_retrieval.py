@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from blipfast.text import init_tokenizer
 
 from . import gather
-from .blip import text_config
-from .checkpoint import load_checkpoint
+from .blip import load_complete, text_config
 from .gather import GatherLayer, all_gather_with_grad, concat_all_gather
 from .med import BertModel
 from .momentum import MomentumModel, contrastive_loss, hard_negatives
+from .packed import first_states, image_states
+from .packing import Ragged
 from .vit import create_vit
+
+MAX_TOKENS = 35
 
 __all__ = ["BLIP_Retrieval", "GatherLayer", "all_gather_with_grad", "blip_retrieval", "concat_all_gather"]
 
@@ -59,20 +62,15 @@ class BLIP_Retrieval(MomentumModel):
 
     def forward(self, image: Tensor, caption: list[str], alpha: float, idx: Tensor) -> tuple[Tensor, Tensor]:
         self.begin_forward()
-        B, device = len(image), image.device
-        many = gather.world_size() > 1
-        text = self.tokenizer(
-            caption,
-            padding="max_length" if many else "longest",
-            truncation=True,
-            max_length=35,
-            return_tensors="pt",
-        ).to(device)
+        device = image.device
+        texts = self.tokenizer(caption, truncation=True, max_length=MAX_TOKENS).input_ids
+        text = Ragged.of(texts, device)
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
         text_feat = self.text_features(self.text_encoder, self.text_proj, text)
         with torch.no_grad():
-            image_feat_m = F.normalize(self.vision_proj_m(self.visual_encoder_m(image)[:, 0]), dim=-1).float()
+            class_state = self.visual_encoder_m(image, class_only=True)[:, 0]
+            image_feat_m = F.normalize(self.vision_proj_m(class_state), dim=-1).float()
             text_feat_m = self.text_features(self.text_encoder_m, self.text_proj_m, text).float()
 
         # ITC
@@ -86,30 +84,26 @@ class BLIP_Retrieval(MomentumModel):
         self.end_forward(image_feat_m, text_feat_m, idx)
 
         # ITM
-        images, ids, mask = image_embeds, text.input_ids, text.attention_mask
-        own = torch.arange(B, device=device)
         with torch.no_grad():
-            other_image, other_text, other_idx = image_feat, text_feat, idx
+            other_image, other_text, other_idx, candidates = image_feat, text_feat, idx, texts
             if self.negative_all_rank:
-                other_image, other_text, other_idx, ids, mask = (
-                    concat_all_gather(x) for x in (image_feat, text_feat, idx, ids, mask)
+                other_image, other_text, other_idx = (
+                    concat_all_gather(x) for x in (image_feat, text_feat, idx)
                 )
-                own = own + gather.rank() * B
+                candidates = gather.gather_texts(texts, MAX_TOKENS, device)
             same = idx[:, None] == other_idx[None]
             temp = self.temp.float()
             text_weights = (image_feat.float() @ other_text.float().t() / temp).masked_fill(same, -torch.inf)
             image_weights = (text_feat.float() @ other_image.float().t() / temp).masked_fill(same, -torch.inf)
             text_negative = hard_negatives(text_weights.softmax(1).nan_to_num(), same)
             image_negative = hard_negatives(image_weights.softmax(1).nan_to_num(), same)
-        if self.negative_all_rank:
-            images = all_gather_with_grad(image_embeds)
-        loss_itm, _ = self.itm_loss(images, ids, mask, own, text_negative, image_negative)
+        pairs = self.matching_pairs(text_negative, image_negative)
+        paired = Ragged.of([candidates[i] for i in pairs.texts], device, self.tokenizer.enc_token_id)
+        images = image_states(self.text_encoder.encoder, image_embeds)
+        loss_itm, _ = self.matching_loss(first_states(self.text_encoder, paired, images, pairs.images), pairs)
         return (loss_i2t + loss_t2i) / 2, loss_itm
 
 
-def blip_retrieval(pretrained="", **kwargs) -> BLIP_Retrieval:
-    """A retrieval model; of `pretrained`, what is missing is listed (queues may be)."""
-    model = BLIP_Retrieval(**kwargs)
-    if pretrained:
-        load_checkpoint(model, pretrained)
-    return model
+def blip_retrieval(pretrained="", allow_random=(), **kwargs) -> BLIP_Retrieval:
+    """A retrieval model; see `load_complete`. Queues may be missing; momentum encoders then start as copies."""
+    return load_complete(BLIP_Retrieval(**kwargs), pretrained, allow_random)

@@ -7,17 +7,28 @@ from torch import Tensor, nn
 
 from blipfast.text import init_tokenizer
 
-from .blip import start_with, text_config
-from .checkpoint import load_checkpoint
+from .answers import answer_losses
+from .blip import load_complete, start_with, text_config
 from .generation import generate
 from .med import BertConfig, BertLMHeadModel, BertModel
+from .packed import (
+    ImageStates,
+    all_states,
+    image_states,
+    language_loss,
+    language_part,
+    run,
+    text_states,
+)
+from .packing import Ragged
 from .vit import create_vit
 
 
 class BLIP_VQA(nn.Module):
     """The question reads the image (encoder); the answer reads the question's states (decoder).
 
-    forward(image [B, 3, S, S], question, answer, n, weights, train, inference, k_test):
+    forward(image [B, 3, S, S], question, answer, n, weights, train, inference, k_test, image_of):
+    question b is about picture b or, with `image_of`, about picture image_of[b], which is then encoded once.
     train=True: `answer` lists the answers of all questions, n[b] of them for question b, each with a weight;
     returns the loss. train=False, inference="generate": a list of B answers. inference="rank": the index [B] of the
     best of the candidate answers, `answer`, being strings or their encoding with [DEC] first.
@@ -61,64 +72,64 @@ class BLIP_VQA(nn.Module):
         train: bool = True,
         inference: str = "rank",
         k_test: int = 128,
+        image_of: list[int] | None = None,
     ):
-        text = self.tokenizer(
-            question, padding="longest", truncation=True, max_length=35, return_tensors="pt"
-        ).to(image.device)
-        states = self.text_encoder(
-            start_with(text.input_ids, self.tokenizer.enc_token_id),
-            attention_mask=text.attention_mask,
-            encoder_hidden_states=self.visual_encoder(image),
-        ).last_hidden_state
+        image_embeds = self.visual_encoder(image)
+        if not train and inference == "generate" and self.compat == "official":
+            return self.generate_answer(*self.padded_question_states(image_embeds, question, image_of))
+        texts = self.tokenizer(question, truncation=True, max_length=35).input_ids
+        text = Ragged.of(texts, image.device, self.tokenizer.enc_token_id)
+        images = image_states(self.text_encoder.encoder, image_embeds)
+        states = all_states(self.text_encoder, text, images, image_of)
+        questions = text_states(self.text_decoder.bert.encoder, states, text.rows)
         if train:
-            return self.answer_loss(states, text.attention_mask, answer, n, weights)
+            return self.answer_loss(questions, answer, n, weights)
         if inference == "generate":
-            return self.generate_answer(states, text.attention_mask)
+            return self.generate_answer(text.rows.lay_out(states), questions.mask)
         if inference != "rank":
             raise ValueError(f'inference must be "rank" or "generate", got {inference!r}.')
-        candidates = self.encode_answers(answer, image.device)
-        return self.rank_answer(
-            states, text.attention_mask, candidates.input_ids, candidates.attention_mask, k_test
+        return self.rank(questions, self.encode_answers(answer), k_test)
+
+    def padded_question_states(
+        self, image_embeds: Tensor, question: list[str], image_of: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """States [B, T, D], those of the padding included as official `generate` reads them, and the mask [B, T]."""
+        text = self.tokenizer(
+            question, padding="longest", truncation=True, max_length=35, return_tensors="pt"
+        ).to(image_embeds.device)
+        out = self.text_encoder(
+            start_with(text.input_ids, self.tokenizer.enc_token_id),
+            attention_mask=text.attention_mask,
+            encoder_hidden_states=image_embeds if image_of is None else image_embeds[image_of],
         )
+        return out.last_hidden_state, text.attention_mask
 
-    def encode_answers(self, answer, device):
-        """Encoding of answers with [DEC] first; an encoding is taken as it is."""
+    def encode_answers(self, answer) -> list[list[int]]:
+        """Token ids of answers with [DEC] first, from strings or from their padded encoding."""
         if hasattr(answer, "input_ids"):
-            return answer.to(device)
-        encoding = self.tokenizer(list(answer), padding="longest", return_tensors="pt").to(device)
-        encoding.input_ids[:, 0] = self.tokenizer.bos_token_id
-        return encoding
+            rows = zip(answer.input_ids.tolist(), answer.attention_mask.sum(1).tolist())
+            return [ids[:length] for ids, length in rows]
+        texts = self.tokenizer(list(answer)).input_ids
+        return [[self.tokenizer.bos_token_id, *ids[1:]] for ids in texts]
 
-    def targets(self, input_ids: Tensor) -> Tensor:
-        return input_ids.masked_fill(input_ids == self.tokenizer.pad_token_id, -100)
-
-    def answer_loss(self, states: Tensor, mask: Tensor, answer, n: list[int], weights: Tensor) -> Tensor:
+    def answer_loss(self, questions: ImageStates, answer, n: list[int], weights: Tensor) -> Tensor:
         """Weighted sum of the answers' LM losses, divided by the number of questions."""
-        if sum(n) != len(weights) or len(n) != len(states):
+        if sum(n) != len(weights) or len(n) != len(questions):
             raise ValueError(
-                f"n must count the answers of each of {len(states)} questions and sum to {len(weights)} weights; "
+                f"n must count the answers of each of {len(questions)} questions and sum to {len(weights)} weights; "
                 f"got {len(n)} counts that sum to {sum(n)}."
             )
-        answers = self.encode_answers(answer, states.device)
-        question = torch.arange(len(n), device=states.device).repeat_interleave(
-            torch.tensor(n, device=states.device)
-        )
-        losses = self.text_decoder.lm_loss(
-            answers.input_ids,
-            self.targets(answers.input_ids),
-            reduction="none",
-            attention_mask=answers.attention_mask,
-            encoder_hidden_states=states,
-            encoder_attention_mask=mask,
-            encoder_index=question,
-        )
-        return (weights.to(losses.device) * losses).sum() / len(states)
+        device = self.text_decoder.cls.predictions.bias.device
+        part = language_part(self.text_decoder, Ragged.of(self.encode_answers(answer), device))
+        question = [b for b, count in enumerate(n) for _ in range(count)]
+        losses = language_loss(self.text_decoder, part, run([part], questions, [question])[0], "none")
+        return (weights.to(device) * losses).sum() / len(questions)
 
     @torch.no_grad()
     def generate_answer(self, states: Tensor, mask: Tensor) -> list[str]:
         ids = generate(
             self.text_decoder,
-            torch.full((len(states), 1), self.tokenizer.bos_token_id, device=states.device),
+            torch.tensor([self.tokenizer.bos_token_id], device=states.device),
             states,
             image_mask=mask if self.compat == "masked" else None,
             eos_token_id=self.tokenizer.sep_token_id,
@@ -133,32 +144,36 @@ class BLIP_VQA(nn.Module):
     def rank_answer(
         self, question_states: Tensor, question_atts: Tensor, answer_ids: Tensor, answer_atts: Tensor, k: int
     ) -> Tensor:
-        """Index [B] of the likeliest candidate: k candidates by their first token, then by the whole answer's loss.
+        """`rank` under its official name and arguments: padded question states [B, N, D], answer ids [A, L]."""
+        questions = image_states(self.text_decoder.bert.encoder, question_states, question_atts)
+        lengths = answer_atts.sum(1).tolist()
+        return self.rank(questions, [ids[:n] for ids, n in zip(answer_ids.tolist(), lengths)], k)
 
-        answer_ids [A, L] start with [DEC]. k is cut to A. The loss is the training one, label smoothing included.
+    @torch.no_grad()
+    def rank(self, questions: ImageStates, answers: list[list[int]], k: int) -> Tensor:
+        """Index [B] of the likeliest answer: k candidates by their first token, then by the whole answer's loss.
+
+        answers: token ids, [DEC] first. k is cut to their number. The loss is the training one, label smoothing
+        included.
         """
-        B, k = len(question_states), min(k, len(answer_ids))
-        image = dict(encoder_hidden_states=question_states, encoder_attention_mask=question_atts)
-        start = answer_ids[:1, :1].expand(B, 1)
-        first = self.text_decoder(start, **image).logits[:, 0].float().softmax(1)
-        top = first[:, answer_ids[:, 1]].topk(k, dim=1).indices
-        ids = answer_ids[top.flatten()]
-        losses = self.text_decoder.lm_loss(
-            ids,
-            self.targets(ids),
-            reduction="none",
-            attention_mask=answer_atts[top.flatten()],
-            **image,
-        )
-        return top.gather(1, losses.view(B, k).argmin(1, keepdim=True)).squeeze(1)
+        device = self.text_decoder.cls.predictions.bias.device
+        B, k = len(questions), min(k, len(answers))
+        start = Ragged.of([answers[0][:1]] * B, device)
+        first = self.text_decoder.cls(all_states(self.text_decoder.bert, start, questions)).float().softmax(1)
+        beginnings = torch.tensor([answer[1] for answer in answers], device=device)
+        top = first[:, beginnings].topk(k, dim=1).indices
+        candidates = [[answers[i] for i in row] for row in top.tolist()]
+        losses = torch.stack(answer_losses(self.text_decoder, questions, candidates))
+        return top.gather(1, losses.argmin(1, keepdim=True)).squeeze(1)
 
 
-def blip_vqa(pretrained="", **kwargs) -> BLIP_VQA:
-    """A VQA model; of `pretrained`, what is missing is listed."""
-    model = BLIP_VQA(**kwargs)
-    if pretrained:
-        load_checkpoint(model, pretrained)
-    return model
+def blip_vqa(pretrained="", allow_random=(), **kwargs) -> BLIP_VQA:
+    """A VQA model; see `load_complete` for `pretrained` and `allow_random`.
+
+    With vit="large", a pre-trained decoder read 1024-wide image states: its cross-attention's keys and values do not
+    fit, and to start them random (official BLIP does) say allow_random="text_decoder.*.crossattention.self.*".
+    """
+    return load_complete(BLIP_VQA(**kwargs), pretrained, allow_random)
 
 
 def tile(x: Tensor, dim: int, n_tile: int) -> Tensor:

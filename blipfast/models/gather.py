@@ -44,3 +44,13 @@ class GatherLayer(torch.autograd.Function):
 def all_gather_with_grad(tensor: Tensor) -> Tensor:
     """As `concat_all_gather`, but differentiable."""
     return tensor if world_size() == 1 else torch.cat(GatherLayer.apply(tensor))
+
+
+def gather_texts(texts: list[list[int]], longest: int, device) -> list[list[int]]:
+    """Token ids of every rank's texts, in rank order. No text is longer than `longest`."""
+    if world_size() == 1:
+        return texts
+    table = torch.full((len(texts), longest), -1, device=device)
+    for row, text in zip(table, texts):
+        row[: len(text)] = torch.tensor(text, device=device)
+    return [[token for token in row if token >= 0] for row in concat_all_gather(table).tolist()]

@@ -2,212 +2,232 @@
 
 The rules are those of transformers 4.15, which official BLIP ran on: log-softmax, then the repetition penalty over
 all tokens so far (prompt included), then no end before `min_length`, then the beam's score; a finished beam counts
-only if it ranks among the best `num_beams`. Lengths count the prompt. Images are encoded once: their keys and values
-are projected before the first step and shared by all beams.
+only if it ranks among the best `num_beams`. Lengths count the prompt.
+
+Images come and go: one that has all its texts leaves, and the next that waits takes its place. What an image's texts
+are does not depend on its neighbours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .med import BertLMHeadModel, KeyValue
+from .decoding import Decoding
+from .med import BertConfig, BertLMHeadModel
+from .packed import image_states
+from .search import BeamSearch, Draws
 
 TOP_K = 50  # official sampling also keeps only the 50 likeliest tokens (transformers' default)
 
 
+@dataclass
+class Rules:
+    """How texts are made. Lengths are in tokens and count the prompt.
+
+    length_norm: a beam's score is divided by its length "with_prompt" (official) or by the "generated" tokens
+    (transformers >= 4.36), to the power length_penalty. num_return: texts an image, the n best beams or n samples.
+    """
+
+    eos_token_id: int
+    pad_token_id: int
+    max_length: int = 30
+    min_length: int = 10
+    num_beams: int = 1
+    sample: bool = False
+    top_p: float = 0.9
+    top_k: int = TOP_K
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    length_norm: str = "with_prompt"
+    num_return: int = 1
+
+    def check(self, prompt_length: int, config: BertConfig) -> None:
+        """Raises ValueError for rules that cannot be met."""
+        vocab_size = config.vocab_size
+        if self.max_length > config.max_position_embeddings:
+            raise ValueError(
+                f"max_length {self.max_length} exceeds the model's {config.max_position_embeddings} positions."
+            )
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length {self.min_length} exceeds max_length {self.max_length}.")
+        if self.max_length <= prompt_length:
+            raise ValueError(
+                f"max_length {self.max_length} leaves no room after a prompt of {prompt_length} tokens."
+            )
+        if not 1 <= self.num_beams or 2 * self.num_beams > vocab_size - 1:
+            raise ValueError(
+                f"num_beams must be between 1 and half of the {vocab_size - 1} tokens that go on, got {self.num_beams}."
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
+        if self.length_norm not in ("with_prompt", "generated"):
+            raise ValueError(f'length_norm must be "with_prompt" or "generated", got {self.length_norm!r}.')
+        most = max(self.num_beams, 1) if not self.sample else self.num_return
+        if not 1 <= self.num_return <= most:
+            raise ValueError(
+                f"num_return must be between 1 and num_beams, here {most} (or any number when sampling), "
+                f"got {self.num_return}."
+            )
+
+
+@torch.no_grad()
 def generate(
     decoder: BertLMHeadModel,
     prompt: Tensor,
     image_embeds: Tensor,
     *,
-    eos_token_id: int,
-    pad_token_id: int,
     image_mask: Tensor | None = None,
-    max_length: int = 30,
-    min_length: int = 10,
-    num_beams: int = 1,
-    sample: bool = False,
-    top_p: float = 0.9,
-    top_k: int = TOP_K,
-    repetition_penalty: float = 1.0,
-    length_penalty: float = 1.0,
-    length_norm: str = "with_prompt",
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    **rules,
 ) -> Tensor:
-    """Token ids [B, L <= max_length], prompt first, padded after the end token.
+    """Token ids [B * num_return, L <= max_length], prompt first, padded after the end token.
 
-    prompt [B, T] and image_embeds [B, N, D_v] (any states to cross-attend to; image_mask [B, N]).
-    length_norm: a beam's score is divided by its length "with_prompt" (official) or by the "generated" tokens
-    (transformers >= 4.36), to the power length_penalty. Raises ValueError for settings that cannot be met.
+    prompt [T], the same for all; image_embeds [B, N, D_v] (any states to cross-attend to; image_mask [B, N]).
+    batch_size: images decoded at a time, all unless given; halved as often as memory runs out, with the same result.
+    max_new_tokens sets max_length without the prompt. rules: those of `Rules`. Raises ValueError for rules that cannot
+    be met, and for image states that are not finite.
     """
-    vocab_size = decoder.config.vocab_size
-    if min_length > max_length:
-        raise ValueError(f"min_length {min_length} exceeds max_length {max_length}.")
-    if max_length <= prompt.shape[1]:
-        raise ValueError(
-            f"max_length {max_length} leaves no room after a prompt of {prompt.shape[1]} tokens."
-        )
-    if not 1 <= num_beams or 2 * num_beams > vocab_size:
-        raise ValueError(
-            f"num_beams must be between 1 and half the vocabulary of {vocab_size}, got {num_beams}."
-        )
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}.")
-    if length_norm not in ("with_prompt", "generated"):
-        raise ValueError(f'length_norm must be "with_prompt" or "generated", got {length_norm!r}.')
-    step = Step(decoder, image_embeds, image_mask, eos_token_id, min_length, repetition_penalty)
-    if num_beams > 1:
-        search = BeamSearch(num_beams, prompt.shape[1], max_length, eos_token_id, length_penalty, length_norm)
-        return search.run(step, prompt, pad_token_id)
-    return draw(step, prompt, max_length, eos_token_id, pad_token_id, sample, top_p, top_k)
+    if max_new_tokens is not None:
+        rules["max_length"] = len(prompt) + max_new_tokens
+    rules = Rules(**rules)
+    masks = [None] if image_mask is None else [image_mask]
+    texts = dict(stream(decoder, prompt, [(image_embeds, *masks)], rules, batch_size or len(image_embeds)))
+    rows = [ids for i in range(len(image_embeds)) for ids in texts[i]]
+    width = max(map(len, rows))
+    padded = [ids + [rules.pad_token_id] * (width - len(ids)) for ids in rows]
+    return torch.tensor(padded, device=image_embeds.device)
 
 
-class Step:
-    """One decoding step: next-token log-probabilities after the penalties, with cached keys and values."""
+@torch.no_grad()
+def stream(
+    decoder: BertLMHeadModel, prompt: Tensor, batches: Iterable[tuple], rules: Rules, batch_size: int
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """(number of the image, its texts' token ids), in the order in which they are finished.
 
-    def __init__(self, decoder, image_embeds, image_mask, eos_token_id, min_length, repetition_penalty):
-        self.decoder, self.image_mask = decoder, image_mask
-        self.image = decoder.bert.encoder.image_key_values(image_embeds)
-        self.eos_token_id, self.min_length = eos_token_id, min_length
-        self.repetition_penalty = repetition_penalty
-        self.past: list[KeyValue] | None = None
-
-    def __call__(self, ids: Tensor, normalise: bool = True) -> Tensor:
-        """[rows, V] fp32 scores of the token after `ids` [rows, T]; log-probabilities if `normalise`."""
-        new = ids if self.past is None else ids[:, -1:]
-        out = self.decoder.bert(
-            new,
-            encoder_key_values=self.image,
-            encoder_attention_mask=self.image_mask,
-            past_key_values=self.past,
-            use_cache=True,
-            is_decoder=True,
-        )
-        self.past = out.past_key_values
-        scores = self.decoder.cls(out.last_hidden_state[:, -1]).float()
-        if normalise:
-            scores = scores.log_softmax(-1)
-        if self.repetition_penalty != 1.0:
-            seen = scores.gather(1, ids)
-            penalty = self.repetition_penalty
-            scores = scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
-        if ids.shape[1] < self.min_length:
-            scores[:, self.eos_token_id] = -torch.inf
-        return scores
-
-    def reorder(self, rows: Tensor) -> None:
-        """Continue from the given rows; each must stay with its image."""
-        self.past = [(key[rows], value[rows]) for key, value in self.past]
+    batches: (image_embeds [B, N, D_v], image_mask [B, N] or None), taken one at a time, when a place is free. At most
+    `batch_size` images are decoded at once, fewer where memory does not suffice.
+    """
+    rules.check(len(prompt), decoder.config)
+    waiting = Waiting(decoder, iter(batches), rules)
+    while waiting.more():
+        try:
+            yield from decode(decoder, prompt, waiting, rules, min(batch_size, waiting.largest))
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+            batch_size = max(1, min(batch_size, waiting.largest) // 2)
+            waiting.put_back()
 
 
-def draw(step, ids, max_length, eos_token_id, pad_token_id, sample, top_p, top_k) -> Tensor:
-    """Greedy search, or sampling from the nucleus; finished rows are filled with padding."""
-    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    while ids.shape[1] < max_length and not bool(finished.all()):
-        scores = step(ids, normalise=False)
-        if sample:
-            token = torch.multinomial(nucleus(scores, top_p, top_k).softmax(-1), 1).squeeze(1)
-        else:
-            token = scores.argmax(-1)
-        token = token.masked_fill(finished, pad_token_id)
-        finished = finished | (token == eos_token_id)
-        ids = torch.cat([ids, token[:, None]], 1)
-    return ids
+def decode(
+    decoder: BertLMHeadModel, prompt: Tensor, waiting: Waiting, rules: Rules, capacity: int
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Decode until nothing waits; `capacity` places."""
+    search: Draws | BeamSearch | None = None
+    while waiting.more() or search.active:
+        free = capacity - (search.active if search else 0)
+        while free and waiting.more():
+            chosen = waiting.take(free)
+            images = image_states(decoder.bert.encoder, chosen.embeds, chosen.mask)
+            if search is None:
+                kind = BeamSearch if rules.num_beams > 1 and not rules.sample else Draws
+                search = kind(
+                    rules, prompt, Decoding(decoder, images, kind.rows(rules), len(prompt), rules.max_length)
+                )
+                free = len(chosen.numbers)
+                capacity = free
+            search.admit(chosen.numbers, images, chosen.draws)
+            free -= len(chosen.numbers)
+        for number, texts in search.advance():
+            waiting.finished(number)
+            yield number, texts
 
 
-def nucleus(scores: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Keep the `top_k` best scores a row and of them the fewest whose probability reaches `top_p`; others -inf."""
-    top_k = min(top_k, scores.shape[-1])
-    best, columns = scores.topk(top_k)
-    probability = best.softmax(-1)
-    before = probability.cumsum(-1) - probability
-    best = best.masked_fill(before > top_p, -torch.inf)
-    return torch.full_like(scores, -torch.inf).scatter(1, columns, best)
+@dataclass
+class Chosen:
+    """Images to be decoded next: their numbers, embeds [B, N, D_v], mask, and uniform numbers [B, ...] for sampling."""
+
+    numbers: list[int]
+    embeds: Tensor
+    mask: Tensor | None
+    draws: Tensor | None
 
 
-class Hypotheses:
-    """The best finished beams of one image."""
+class Waiting:
+    """Images that are not being decoded yet, and those that are, in case memory runs out."""
 
-    def __init__(self, size: int):
-        self.size = size
-        self.best: list[tuple[float, list[int]]] = []
+    def __init__(self, decoder: BertLMHeadModel, batches: Iterator[tuple], rules: Rules):
+        self.batches, self.rules = batches, rules
+        self.count = 0  # images seen so far
+        self.largest = 0  # batch seen so far
+        self.queue: list[Chosen] = []
+        self.running: dict[int, tuple] = {}
 
-    def add(self, score: float, ids: list[int]) -> None:
-        self.best.append((score, ids))
-        if len(self.best) > self.size:
-            self.best.remove(min(self.best, key=lambda hypothesis: hypothesis[0]))
-
-    def beats(self, attainable: float) -> bool:
-        """Whether no running beam can enter any more."""
-        return len(self.best) == self.size and min(score for score, _ in self.best) >= attainable
-
-
-class BeamSearch:
-    """Beam search over B images at once, `num_beams` rows each."""
-
-    def __init__(self, num_beams, prompt_length, max_length, eos_token_id, length_penalty, length_norm):
-        self.num_beams, self.max_length, self.eos_token_id = num_beams, max_length, eos_token_id
-        self.length_penalty = length_penalty
-        self.generated = length_norm == "generated"
-        self.prompt_length = prompt_length
-
-    def normalise(self, log_prob: float, length: int) -> float:
-        """`length` counts the prompt and not the end token."""
-        return log_prob / (length - self.prompt_length if self.generated else length) ** self.length_penalty
-
-    def run(self, step: Step, prompt: Tensor, pad_token_id: int) -> Tensor:
-        B, k = len(prompt), self.num_beams
-        device = prompt.device
-        ids = prompt.repeat_interleave(k, 0)
-        scores = torch.full((B, k), -1e9, device=device)
-        scores[:, 0] = 0.0  # the first step takes all its candidates from one beam
-        images = torch.arange(B, device=device)[:, None] * k
-        finished = [Hypotheses(k) for _ in range(B)]
-        done = [False] * B
-        while True:
-            log_probs = step(ids)
-            V = log_probs.shape[-1]
-            candidates = (log_probs.view(B, k, V) + scores[..., None]).view(B, k * V)
-            best, index = candidates.topk(2 * k)
-            scores, beams, tokens = self.select(best, index // V, index % V, ids, finished, done)
-            rows = (images + beams.to(device)).flatten()
-            ids = torch.cat([ids[rows], tokens.to(device).flatten()[:, None]], 1)
-            scores = scores.to(device)
-            if all(done) or ids.shape[1] >= self.max_length:
-                break
-            step.reorder(rows)
-        for b, (rows, values) in enumerate(zip(ids.view(B, k, -1).tolist(), scores.tolist())):
-            if not done[b]:
-                for sequence, value in zip(rows, values):
-                    finished[b].add(self.normalise(value, len(sequence)), sequence)
-        return self.collect(finished, pad_token_id, device)
-
-    def select(self, best, beams, tokens, ids, finished, done) -> tuple[Tensor, Tensor, Tensor]:
-        """Move ended candidates to `finished` and take the best `num_beams` others: scores, beams, tokens [B, k]."""
-        k, length = self.num_beams, ids.shape[1]
-        chosen = []
-        for b, row in enumerate(zip(best.tolist(), beams.tolist(), tokens.tolist())):
-            if done[b]:
-                chosen.append([(0.0, 0, 0)] * k)
+    def more(self) -> bool:
+        """Whether an image waits; takes the next batch if none does."""
+        while not self.queue:
+            try:
+                embeds, *mask = next(self.batches)
+            except StopIteration:
+                return False
+            if not len(embeds):
                 continue
-            running = []
-            for rank, (score, beam, token) in enumerate(zip(*row)):
-                if token != self.eos_token_id:
-                    running.append((score, beam, token))
-                elif rank < k:
-                    sequence = ids[b * k + beam].tolist()
-                    finished[b].add(self.normalise(score, length + self.generated), sequence)
-                if len(running) == k:
-                    break
-            chosen.append(running)
-            # transformers 4.15 compares with the best candidate, ended or not; today's with the best running beam
-            bound = running[0][0] if self.generated else row[0][0]
-            done[b] = finished[b].beats(self.normalise(bound, length + self.generated))
-        table = [[[candidate[i] for candidate in running] for running in chosen] for i in range(3)]
-        return torch.tensor(table[0]), torch.tensor(table[1]), torch.tensor(table[2])
+            finite = embeds.flatten(1).isfinite().all(1)
+            if not finite.all():
+                number = self.count + int(finite.logical_not().nonzero()[0])
+                raise ValueError(
+                    f"Image {number} gives states that are not finite: is there NaN in its pixels?"
+                )
+            numbers = list(range(self.count, self.count + len(embeds)))
+            self.count += len(embeds)
+            self.largest = max(self.largest, len(embeds))
+            # drawn in the order of the images, so that texts do not depend on who is decoded with whom
+            draws = None
+            if self.rules.sample:
+                draws = torch.rand(len(embeds), self.rules.num_return, self.rules.max_length).to(
+                    embeds.device
+                )
+            self.queue.append(Chosen(numbers, embeds, mask[0] if mask else None, draws))
+        return True
 
-    def collect(self, finished: list[Hypotheses], pad_token_id: int, device) -> Tensor:
-        best = [max(hypotheses.best, key=lambda hypothesis: hypothesis[0])[1] for hypotheses in finished]
-        ended = [ids + [self.eos_token_id] if len(ids) < self.max_length else ids for ids in best]
-        width = max(map(len, ended))
-        return torch.tensor([ids + [pad_token_id] * (width - len(ids)) for ids in ended], device=device)
+    def take(self, most: int) -> Chosen:
+        """Up to `most` images of the batch that waits longest."""
+        batch = self.queue.pop(0)
+        head, rest = (
+            Chosen(
+                batch.numbers[part],
+                *(x if x is None else x[part] for x in (batch.embeds, batch.mask, batch.draws)),
+            )
+            for part in (slice(0, most), slice(most, None))
+        )
+        if rest.numbers:
+            self.queue.insert(0, rest)
+        for i, number in enumerate(head.numbers):
+            self.running[number] = Chosen(
+                [number], *(x if x is None else x[i : i + 1] for x in (head.embeds, head.mask, head.draws))
+            )
+        return head
+
+    def finished(self, number: int) -> None:
+        del self.running[number]
+
+    def put_back(self) -> None:
+        """Everything that was being decoded waits again, as one batch."""
+        again = list(self.running.values())
+        if again:
+            embeds, mask, draws = (
+                None if getattr(again[0], name) is None else torch.cat([getattr(one, name) for one in again])
+                for name in ("embeds", "mask", "draws")
+            )
+            numbers = [number for one in again for number in one.numbers]
+            self.queue.insert(0, Chosen(numbers, embeds, mask, draws))
+        self.running = {}

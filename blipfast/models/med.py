@@ -2,11 +2,10 @@
 
 Same classes, call signatures and state_dict keys as official `models/med.py`, without transformers.
 Post-norm order: self-attention, cross-attention (mode "multimodal"), feed-forward. LayerNorm eps 1e-12, exact GELU,
-no token-type embeddings. Shapes: B texts, T text tokens, M images, N image tokens, H heads, D width, V vocabulary.
+no token-type embeddings. Shapes: B texts, T text tokens, N image tokens, H heads, D width, V vocabulary.
 
-Beyond the official signature, an image need not be repeated for every text that looks at it: with M images and
-B = n * M texts, text b reads image b // n; with `encoder_index` [B], text b reads image encoder_index[b].
-Keys and values are then projected once per image. The result is that of repeating the image.
+`forward` here takes padded texts, as official code calls it, and can keep attention maps. BLIP's own models go
+through `packed` (training, matching) and `decoding` (generation): the same weights, without the padding.
 """
 
 from __future__ import annotations
@@ -87,15 +86,11 @@ class BertSelfAttention(KeepsAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Context [B, T, D] and, if asked for, the attention map [B, H, T, S].
 
-        `mask` is boolean (True: attend) or additive, broadcastable to [rows, 1, T, S]. With fewer key rows than
-        texts, consecutive texts share a row: they are laid side by side as queries of that row.
+        `mask` is boolean (True: attend) or additive, broadcastable to [B, 1, T, S].
         """
         B, T, D = hidden_states.shape
         key, value = key_value
-        rows = key.shape[0]
-        if B % rows:
-            raise ValueError(f"{B} texts cannot share {rows} images evenly; pass encoder_index.")
-        query = self.heads(self.query(hidden_states).view(rows, B // rows * T, D))
+        query = self.heads(self.query(hidden_states))
         weights = None
         if self.save_attention or return_map:
             scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
@@ -178,9 +173,8 @@ class BertLayer(nn.Module):
         hidden_states: Tensor,
         mask: Tensor | None,
         past: KeyValue | None,
-        image: Tensor | KeyValue | None,
+        image: Tensor | None,
         image_mask: Tensor | None,
-        image_index: Tensor | None,
         return_map: bool,
     ) -> tuple[Tensor, KeyValue, Tensor | None, Tensor | None]:
         """The new states, this layer's self-attention keys and values, and the two attention maps if asked for."""
@@ -190,16 +184,11 @@ class BertLayer(nn.Module):
         states, attention = self.attention(hidden_states, key_value, mask, return_map)
         cross = None
         if image is not None:
-            states, cross = self.attend_image(states, image, image_mask, image_index, return_map)
+            states, cross = self.attend_image(states, image, image_mask, return_map)
         return self.output(self.intermediate(states), states), key_value, attention, cross
 
-    def attend_image(
-        self, states, image, image_mask, image_index, return_map
-    ) -> tuple[Tensor, Tensor | None]:
-        key_value = self.crossattention.self.key_value(image) if isinstance(image, Tensor) else image
-        if image_index is not None:
-            key_value = (key_value[0][image_index], key_value[1][image_index])
-            image_mask = None if image_mask is None else image_mask[image_index]
+    def attend_image(self, states, image, image_mask, return_map) -> tuple[Tensor, Tensor | None]:
+        key_value = self.crossattention.self.key_value(image)
         return self.crossattention(states, key_value, image_mask, return_map)
 
 
@@ -211,30 +200,22 @@ class BertEncoder(nn.Module):
         self.config = config
         self.layer = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
 
-    def image_key_values(self, image_embeds: Tensor) -> list[KeyValue]:
-        """Every layer's cross-attention keys and values of the images [M, N, D_v]: what decoding needs of them."""
-        return [layer.crossattention.self.key_value(image_embeds) for layer in self.layer]
-
     def forward(
         self,
         hidden_states: Tensor,
         mask: Tensor | None = None,
         encoder_hidden_states: Tensor | list | None = None,
         encoder_mask: Tensor | None = None,
-        encoder_index: Tensor | None = None,
         past_key_values: list[KeyValue] | None = None,
         use_cache: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
-        per_layer: bool = False,
     ) -> Output:
-        """`per_layer`: encoder_hidden_states is `image_key_values`, a list with one entry a layer."""
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         every, maps, cross_maps, cache = (hidden_states,), (), (), []
         for i, layer in enumerate(self.layer):
             past = past_key_values[i] if past_key_values is not None else None
-            image = encoder_hidden_states[i] if per_layer else encoder_hidden_states
-            arguments = (hidden_states, mask, past, image, encoder_mask, encoder_index, output_attentions)
+            arguments = (hidden_states, mask, past, encoder_hidden_states, encoder_mask, output_attentions)
             outputs = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
             hidden_states, key_value, attention, cross = outputs
             every, maps, cross_maps = every + (hidden_states,), maps + (attention,), cross_maps + (cross,)
@@ -358,14 +339,12 @@ class BertModel(BertPreTrainedModel):
         return_dict: bool | None = None,
         is_decoder: bool = False,
         mode: str = "multimodal",
-        encoder_index: Tensor | None = None,
-        encoder_key_values: list[KeyValue] | None = None,
     ) -> Output | tuple:
-        """States of a text [B, T] that may look at image (or question) tokens [M, N, D_v].
+        """States of a text [B, T] that may look at image (or question) tokens [B, N, D_v].
 
         attention_mask: 1 where a token is real, [B, past + T]. encoder_embeds: embeddings computed before, [B, T, D].
-        encoder_attention_mask [M, N]: leave it None when every image token counts. encoder_key_values: what
-        `encoder.image_key_values` gave, in place of encoder_hidden_states. Raises ValueError for a missing input.
+        encoder_attention_mask [B, N]: leave it None when every image token counts. Raises ValueError for a missing
+        input.
         """
         if head_mask is not None:
             raise ValueError("head_mask is not supported: BLIP never passes one.")
@@ -378,8 +357,8 @@ class BertModel(BertPreTrainedModel):
         T = states.shape[1]
         images, image_mask = encoder_hidden_states, None
         if mode == "text":
-            images = encoder_key_values = None
-        elif images is None and encoder_key_values is None:
+            images = None
+        elif images is None:
             raise ValueError(
                 'mode "multimodal" needs encoder_hidden_states; for a text alone pass mode="text".'
             )
@@ -388,14 +367,12 @@ class BertModel(BertPreTrainedModel):
         out = self.encoder(
             states,
             attention_mask_for(attention_mask, T, past + T, is_decoder, states.device),
-            images if encoder_key_values is None else encoder_key_values,
+            images,
             image_mask,
-            encoder_index,
             past_key_values,
             bool(use_cache),
             bool(output_attentions),
             bool(output_hidden_states),
-            per_layer=encoder_key_values is not None,
         )
         if self.pooler is not None:
             out.pooler_output = self.pooler(out.last_hidden_state)
@@ -445,21 +422,6 @@ class BertLMHeadModel(BertPreTrainedModel):
         if labels is not None:
             out.loss = next_token_loss(logits[:, :-1], labels[:, 1:], reduction, self.config.label_smoothing)
         return out.to_tuple() if return_dict is False else out
-
-    def lm_loss(self, input_ids: Tensor, labels: Tensor, reduction: str = "mean", **inputs) -> Tensor:
-        """The loss of `forward`, computing the head only where a token is predicted (exact, and far cheaper)."""
-        states = self.bert(input_ids, is_decoder=True, **inputs).last_hidden_state[:, :-1]
-        labels = labels[:, 1:]
-        predicted = labels != -100
-        logits = self.cls(states[predicted])
-        smoothing = self.config.label_smoothing
-        if reduction == "mean":
-            return F.cross_entropy(logits.float(), labels[predicted], label_smoothing=smoothing)
-        losses = logits.new_zeros(labels.shape, dtype=torch.float32)
-        token_losses = F.cross_entropy(
-            logits.float(), labels[predicted], label_smoothing=smoothing, reduction="none"
-        )
-        return losses.masked_scatter(predicted, token_losses).sum(1)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor, reduction: str, label_smoothing: float) -> Tensor:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import gather
-from .blip import start_with
+from .packed import first_states
+from .packing import Ragged
+
+
+@dataclass
+class MatchingPairs:
+    """ITM's pairs, lists of R: which text reads which image of this rank, 1 if they belong together, does it count."""
+
+    texts: list[int]
+    images: list[int]
+    labels: list[int]
+    counts: list[bool]
 
 
 class MomentumModel(nn.Module):
@@ -22,6 +35,7 @@ class MomentumModel(nn.Module):
     momentum: float
     momentum_dropout = True  # official quirk: dropout and drop-path stay active in the momentum encoders
     self_updating = True
+    negative_all_rank = False
     temperature_limits = (0.001, 0.5)
 
     def add_queues(self, embed_dim: int, queue_size: int, pointer: str) -> None:
@@ -50,11 +64,12 @@ class MomentumModel(nn.Module):
         ]
 
     def momentum_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """(online, momentum) parameters that are averaged."""
+        """(online, momentum) parameters that are averaged: all but cross-attention, which momentum texts never use."""
         return [
-            pair
-            for online, momentum in self.model_pairs
-            for pair in zip(online.parameters(), momentum.parameters())
+            (online, momentum)
+            for online_model, momentum_model in self.model_pairs
+            for (name, online), momentum in zip(online_model.named_parameters(), momentum_model.parameters())
+            if ".crossattention." not in name
         ]
 
     def clamped(self) -> list[tuple[nn.Parameter, float, float]]:
@@ -63,9 +78,10 @@ class MomentumModel(nn.Module):
     @torch.no_grad()
     def copy_params(self) -> None:
         """Start the momentum encoders as copies that get no gradient."""
-        for online, momentum in self.momentum_pairs():
-            momentum.copy_(online)
-            momentum.requires_grad_(False)
+        for online_model, momentum_model in self.model_pairs:
+            for online, momentum in zip(online_model.parameters(), momentum_model.parameters()):
+                momentum.copy_(online)
+                momentum.requires_grad_(False)
 
     @torch.no_grad()
     def _momentum_update(self) -> None:
@@ -80,36 +96,50 @@ class MomentumModel(nn.Module):
         return self
 
     @staticmethod
-    def text_features(encoder: nn.Module, projection: nn.Module, text) -> Tensor:
-        """Projected, normalised features [B, E] of a tokenised batch."""
-        out = encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
-        return F.normalize(projection(out.last_hidden_state[:, 0]), dim=-1)
+    def text_features(encoder: nn.Module, projection: nn.Module, text: Ragged) -> Tensor:
+        """Projected, normalised features [B, E] of packed texts."""
+        return F.normalize(projection(first_states(encoder, text)), dim=-1)
 
-    def itm_loss(
-        self,
-        images: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        own: Tensor,
-        text_negative: tuple[Tensor, Tensor],
-        image_negative: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """ITM loss and accuracy on the pairs themselves, a hard text for every image, a hard image for every text.
+    def matching_pairs(
+        self, text_negative: tuple[Tensor, Tensor], image_negative: tuple[Tensor, Tensor]
+    ) -> MatchingPairs:
+        """ITM's pairs: the batch's own, a hard text for every image, a hard image for every text.
 
-        images [M, N, D_v], ids and mask [M, T] of all candidates; own [B]: which of them are this batch's; the
-        negatives are what `hard_negatives` gives.
+        The negatives are what `hard_negatives` gives, among this rank's B samples or among those of all ranks. A text
+        whose hard image lies on another rank is scored there, so that no image travels.
         """
         (text, has_text), (image, has_image) = text_negative, image_negative
-        rows = torch.cat([own, text, own])
-        out = self.text_encoder(
-            start_with(ids[rows], self.tokenizer.enc_token_id),
-            attention_mask=mask[rows],
-            encoder_hidden_states=images,
-            encoder_index=torch.cat([own, own, image]),
+        B = len(text)
+        offset = gather.rank() * B if self.negative_all_rank else 0
+        if self.negative_all_rank:
+            image, has_image = gather.concat_all_gather(image), gather.concat_all_gather(has_image)
+        # the one time that the host waits for the device: packed texts need their lengths
+        text, has_text, image, has_image = (x.tolist() for x in (text, has_text, image, has_image))
+        here = [i for i, chosen in enumerate(image) if offset <= chosen < offset + B]
+        own = list(range(offset, offset + B))
+        return MatchingPairs(
+            texts=own + text + here,
+            images=[*range(B), *range(B), *(image[i] - offset for i in here)],
+            labels=[1] * B + [0] * (B + len(here)),
+            counts=[True] * B + has_text + [has_image[i] for i in here],
         )
-        labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
-        counts = torch.cat([torch.ones_like(has_text), has_text, has_image])
-        return matching_loss(self.itm_head(out.last_hidden_state[:, 0]), labels, counts)
+
+    def matching_loss(self, states: Tensor, pairs: MatchingPairs) -> tuple[Tensor, Tensor]:
+        """ITM loss and accuracy from the [ENC] states of the pairs [R, D]: means over the pairs that count.
+
+        With negatives of all ranks, a rank holds more or fewer of them; its loss is such that the mean over ranks is
+        the mean over all pairs.
+        """
+        logits = self.itm_head(states).float()
+        labels = torch.tensor(pairs.labels, device=logits.device)
+        counts = torch.tensor(pairs.counts, dtype=torch.float32, device=logits.device)
+        total = counts.sum()
+        if self.negative_all_rank:
+            total = gather.concat_all_gather(total[None]).mean()
+        total = total.clamp_min(1)
+        loss = (F.cross_entropy(logits, labels, reduction="none") * counts).sum() / total
+        accuracy = ((logits.argmax(1) == labels).float() * counts).sum() / total
+        return loss, accuracy.detach()
 
     @torch.no_grad()
     def begin_forward(self) -> None:
@@ -200,12 +230,3 @@ def hard_negatives(weights: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor]:
     weights = torch.where(usable, weights, candidates.float())
     exists = candidates.any(1)
     return sample_negatives(torch.where(exists[:, None], weights, torch.ones_like(weights))), exists
-
-
-def matching_loss(logits: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """ITM: mean cross-entropy of [R, 2] logits over the pairs that count [R] bool, and the accuracy on them."""
-    counts = counts.float()
-    total = counts.sum().clamp_min(1)
-    loss = (F.cross_entropy(logits.float(), labels, reduction="none") * counts).sum() / total
-    accuracy = ((logits.argmax(1) == labels).float() * counts).sum() / total
-    return loss, accuracy.detach()

@@ -67,7 +67,7 @@ class BertLayer(med.BertLayer):
     def build_crossattention(self, config: BertConfig) -> nn.Module:
         return BertAttention(config, is_cross_attention=True, layer_num=self.layer_num)
 
-    def attend_image(self, states, image, image_mask, image_index, return_map):
+    def attend_image(self, states, image, image_mask, return_map):
         return self.crossattention(states, image, image_mask, return_map)
 
 

@@ -47,6 +47,17 @@ class Attention(KeepsAttention):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def class_row(self, x: Tensor) -> Tensor:
+        """The first row of `forward`, [B, 1, D]: keys and values of all tokens, the query of one."""
+        B, N, D = x.shape
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = F.linear(x[:, :1], weight[:D], None if bias is None else bias[:D])
+        key_value = F.linear(x, weight[D:], None if bias is None else bias[D:])
+        k, v = key_value.view(B, N, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        q = q.view(B, 1, self.num_heads, -1).transpose(1, 2)
+        out = attention(q, k, v, dropout=self.attn_drop.p if self.training else 0.0, scale=self.scale)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, 1, D)))
+
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -100,6 +111,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
         self.use_grad_checkpointing = use_grad_checkpointing
 
+    def class_row(self, x: Tensor) -> Tensor:
+        """The first row of `forward`, [B, 1, D]."""
+        x = x[:, :1] + self.drop_path(self.attn.class_row(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         def run(branch, *args):
             if self.use_grad_checkpointing and self.training:
@@ -133,6 +149,7 @@ class VisionTransformer(nn.Module):
 
     `ckpt_layer` blocks, counted from the last, are gradient-checkpointed when `use_grad_checkpointing` is set.
     `forward(x, register_blk=i)` keeps the attention map and gradient of block i (Grad-CAM).
+    `forward(x, class_only=True)` gives the class token's state [B, 1, D]: of the last block only its row is computed.
     `num_classes` and `representation_size` are accepted and unused, as in official BLIP.
     """
 
@@ -188,12 +205,13 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=init_std)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, register_blk: int = -1) -> Tensor:
+    def forward(self, x: Tensor, register_blk: int = -1, class_only: bool = False) -> Tensor:
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
         x = self.pos_drop(x + self.pos_embed)
+        last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            x = block(x, register_blk == i)
+            x = block.class_row(x) if class_only and i == last else block(x, register_blk == i)
         return self.norm(x)
 
 

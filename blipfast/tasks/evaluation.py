@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from blipfast.metrics import ranks, retrieval_metrics
 from blipfast.models.run import load_captioner, load_matcher
 
 from .report import Caption, Gallery, Hit, ImageQuery, TextQuery, sample, write_gallery
-from .scoring import Collection, Scores
+from .scoring import Collection, Scores, chunks
 
 HITS = 5  # shown for each query in the gallery
 
@@ -38,29 +37,29 @@ def _evaluate(config: Config, test: RetrievalView, run: Path, device: torch.devi
     matcher = load_matcher(run).to(device)
     transform = eval_transform(matcher.visual_encoder.image_size)
 
-    def batches() -> Iterator[Tensor]:
-        for first in range(0, len(test), settings.batch_size):
-            rows = range(first, min(first + settings.batch_size, len(test)))
-            yield torch.stack([transform(test[i][0]) for i in rows]).to(device)
+    def load(indices: list[int]) -> Tensor:
+        return torch.stack([transform(test[i][0]) for i in indices])
 
-    collection = Collection(matcher, batches(), test.text, device, settings.batch_size, progress=True)
+    collection = Collection(matcher, load, len(test), test.text, device, settings.batch_size, progress=True)
     img2txt = [test.img2txt[i] for i in range(len(test))]
     txt2img = [test.txt2img[i] for i in range(len(test.text))]
-    scores = collection.rerank(settings.k_test, progress=True)
+    scores = collection.rerank(settings.k_test, settings.score)
     metrics = retrieval_metrics(scores.i2t, scores.t2i, img2txt, txt2img)
     itc = retrieval_metrics(scores.similarity, scores.similarity.t(), img2txt, txt2img)
     metrics |= {f"itc_{name}": value for name, value in itc.items()}
     metrics |= {"itm_accuracy": 100 * collection.itm_accuracy(img2txt), "itm_prior": 200 / 3}
 
     captioner = load_captioner(run, prompt=settings.prompt).to(device)
-    captions: list[str] = []
-    for batch in tqdm(batches(), total=-(-len(test) // settings.batch_size), desc="captioning", leave=False):
-        captions += captioner.generate(
-            batch,
-            num_beams=settings.num_beams,
-            max_length=settings.max_length,
-            min_length=settings.min_length,
-        )
+    everything = chunks(list(range(len(test))), settings.batch_size)
+    stream = captioner.generate_stream(
+        (load(indices).to(device) for indices in everything),
+        num_beams=settings.num_beams,
+        max_length=settings.max_length,
+        min_length=settings.min_length,
+        repetition_penalty=settings.repetition_penalty,
+        batch_size=settings.batch_size,
+    )
+    captions = [texts[0] for texts in tqdm(stream, total=len(test), desc="captioning", leave=False)]
     truths = [[test.text[t] for t in texts] for texts in img2txt]
     exact = sum(caption in truth for caption, truth in zip(captions, truths, strict=True))
     metrics |= {"caption_exact": 100 * exact / len(test), "images": len(test), "texts": len(test.text)}
@@ -78,7 +77,10 @@ def gallery(
     truths: list[list[str]],
     metrics: dict[str, float],
 ) -> Gallery:
-    """A fixed random sample of `count` pictures and of as many texts, right and wrong as they come."""
+    """A fixed random sample of `count` pictures and of as many texts, right and wrong as they come.
+
+    captions: what was written about each picture; [] if nothing was.
+    """
     img2txt = [test.img2txt[i] for i in range(len(test))]
     txt2img = [
         [found] if isinstance(found, int) else list(found)
@@ -117,5 +119,5 @@ def gallery(
             )
             for i in chosen
         ],
-        captions=[Caption(test[i][0], captions[i], truths[i]) for i in chosen],
+        captions=[Caption(test[i][0], captions[i], truths[i]) for i in chosen if captions],
     )

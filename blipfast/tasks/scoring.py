@@ -1,25 +1,35 @@
 """Two-stage retrieval over a test collection: ITC for all pairs, ITM for the candidates it finds.
 
 Source: official `train_retrieval.py`. Score of a candidate = ITM logit of class 1 + ITC cosine; other pairs: -100.
+Unlike there, a picture's keys and values are projected once for all texts that want it, a pair that both directions
+want is scored once, and every rank works on its own pictures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from blipfast.models import gather
 from blipfast.models.blip_itm import BLIP_ITM
 from blipfast.models.momentum import hard_negatives
 
+from .sharing import my_share
+
 UNSCORED = -100.0
+PAIRS = 512  # scored in one pass of the text encoder
+MEMORY = (
+    4e9  # bytes of picture states kept; those of further pictures are computed again when they are needed
+)
 
 
 @dataclass
 class Scores:
-    """similarity [I, T]: ITC cosines. i2t [I, T] and t2i [T, I]: scores after reranking."""
+    """similarity [I, T]: ITC cosines. i2t [I, T] and t2i [T, I]: scores after reranking. All on the CPU."""
 
     similarity: Tensor
     i2t: Tensor
@@ -27,55 +37,106 @@ class Scores:
 
 
 class Collection:
-    """Encoded pictures and texts of a test set: image states kept on the CPU, texts as token ids."""
+    """The encoded pictures (this rank's share) and texts of a test set.
+
+    Memory: 12 bytes a (picture, text) pair for the scores, `memory` bytes of picture states, one pass of `pairs`.
+    Where a device has not enough for a pass, the pass is halved, with the same results.
+    """
 
     def __init__(
-        self, model: BLIP_ITM, batches, texts: list[str], device, batch_size: int, progress: bool = False
+        self,
+        model: BLIP_ITM,
+        load: Callable[[list[int]], Tensor],
+        images: int,
+        texts: list[str],
+        device,
+        batch_size: int = 64,
+        *,
+        memory: float = MEMORY,
+        pairs: int = PAIRS,
+        progress: bool = False,
     ):
-        """`batches` yields pictures [B, 3, S, S] in order."""
-        self.model, self.device = model, device
-        embeds, features = [], []
-        for batch in tqdm(batches, desc="encoding pictures", disable=not progress, leave=False):
-            states = model.visual_encoder(batch.to(device))
+        """load(indices): those of the `images` pictures, [B, 3, S, S]. Raises ValueError without pictures or texts."""
+        if not images or not texts:
+            raise ValueError(f"Retrieval needs pictures and texts; there are {images} and {len(texts)}.")
+        self.model, self.load, self.device = model, load, device
+        self.batch_size, self.pairs, self.progress = batch_size, pairs, progress
+        self.images, self.share = images, list(my_share(images))
+        self.states: dict[int, Tensor] = {}
+        features = []
+        for indices in self.bar(list(chunks(self.share, batch_size)), "encoding pictures"):
+            states = self.encode(indices)
             features.append(model.image_features(states).float())
-            embeds.append(states.cpu())
-        self.image_embeds, image_features = torch.cat(embeds), torch.cat(features)
-        self.text = model.encode_text(texts, device)
-        ids, mask = self.text.input_ids, self.text.attention_mask
-        chunks = [
-            Texts(ids[i : i + batch_size], mask[i : i + batch_size]) for i in range(0, len(ids), batch_size)
-        ]
-        text_features = torch.cat([model.text_features(chunk).float() for chunk in chunks])
-        self.similarity = (image_features @ text_features.t()).cpu()
-
-    def match(self, image: int, texts: Tensor, batch_size: int = 256) -> Tensor:
-        """ITM logits [K, 2] of one picture against the texts [K] (indices)."""
-        states = self.image_embeds[image : image + 1].to(self.device)
-        logits = []
-        for chosen in texts.split(batch_size):
-            mask = self.text.attention_mask[chosen]
-            longest = int(mask.sum(1).max())
-            text = Texts(self.text.input_ids[chosen, :longest], mask[:, :longest])
-            logits.append(self.model.match(states, text).float().cpu())
-        return torch.cat(logits)
-
-    def rerank(self, k: int, progress: bool = False) -> Scores:
-        """Scores after ITM on each picture's and each text's `k` nearest (at most all)."""
-        images, texts = self.similarity.shape
-        for_image, for_text = (
-            torch.zeros(images, texts, dtype=torch.bool),
-            torch.zeros(texts, images, dtype=torch.bool),
+            size = states[0].numel() * states.element_size()
+            for index, state in zip(indices, states):
+                if (len(self.states) + 1) * size <= memory:
+                    self.states[index] = state.cpu()
+        self.texts = model.encode_text(texts)
+        text_features = torch.cat(
+            [model.text_features(part).float() for part in chunks(self.texts, batch_size)]
         )
-        for_image.scatter_(1, self.similarity.topk(min(k, texts), 1).indices, True)
-        for_text.scatter_(1, self.similarity.t().topk(min(k, images), 1).indices, True)
-        score = torch.full_like(self.similarity, UNSCORED)
-        for image in tqdm(range(images), desc="reranking", disable=not progress, leave=False):
-            chosen = (for_image[image] | for_text[:, image]).nonzero().squeeze(1)
-            score[image, chosen] = self.match(image, chosen)[:, 1] + self.similarity[image, chosen]
+        width = text_features.shape[1]
+        own = torch.cat(features) if features else text_features.new_zeros(0, width)
+        self.similarity = all_rows(own @ text_features.t(), images)
+
+    def encode(self, indices: list[int]) -> Tensor:
+        return self.model.visual_encoder(self.load(indices).to(self.device))
+
+    def states_of(self, indices: list[int]) -> Tensor:
+        """Picture states [B, N, D_v] on the device, from memory or from the pictures."""
+        missing = [index for index in indices if index not in self.states]
+        fresh = dict(zip(missing, self.encode(missing))) if missing else {}
+        return torch.stack([fresh.get(i, self.states.get(i)).to(self.device) for i in indices])
+
+    def match(self, wanted: dict[int, list[int]]) -> dict[int, Tensor]:
+        """ITM logits [K, 2] on the CPU of each of this rank's pictures against the texts wanted of it."""
+        found = {image: torch.zeros(len(texts), 2) for image, texts in wanted.items()}
+        todo = [(image, place) for image, texts in wanted.items() for place in range(len(texts))]
+        bar = self.bar(None, "reranking", total=len(todo))
+        start, pairs = 0, self.pairs
+        while start < len(todo):
+            batch = todo[start : start + pairs]
+            try:
+                logits = self.score(batch, wanted)
+            except torch.OutOfMemoryError:
+                if pairs == 1:
+                    raise
+                pairs = max(1, pairs // 2)
+                continue
+            for (image, place), row in zip(batch, logits):
+                found[image][place] = row
+            start += len(batch)
+            bar.update(len(batch))
+        bar.close()
+        return found
+
+    def score(self, batch: list[tuple[int, int]], wanted: dict[int, list[int]]) -> Tensor:
+        """ITM logits [B, 2] of pairs (picture, place among the texts wanted of it)."""
+        images = list(dict.fromkeys(image for image, _ in batch))
+        order = {image: i for i, image in enumerate(images)}
+        states = self.model.image_states(self.states_of(images))
+        texts = [self.texts[wanted[image][place]] for image, place in batch]
+        return self.model.match(states, texts, [order[image] for image, _ in batch]).float().cpu()
+
+    def rerank(self, k: int, score: str = "itm+itc") -> Scores:
+        """Scores on each picture's and text's `k` nearest (at most all): by "itm+itc" (official), "itm" or "itc"."""
+        if score == "itc":
+            return Scores(self.similarity, self.similarity, self.similarity.t())
+        for_image, for_text = nearest(self.similarity, k), nearest(self.similarity.t(), k)
+        wanted = {
+            image: (for_image[image] | for_text[:, image]).nonzero().squeeze(1).tolist()
+            for image in self.share
+        }
+        own = torch.full((len(self.share), len(self.texts)), UNSCORED)
+        for row, (image, logits) in enumerate(self.match(wanted).items()):
+            own[row, wanted[image]] = logits[:, 1]
+        scores = all_rows(own.to(self.device), self.images)
+        if score == "itm+itc":
+            scores += self.similarity
         return Scores(
             self.similarity,
-            score.masked_fill(~for_image, UNSCORED),
-            score.t().masked_fill(~for_text, UNSCORED),
+            scores.masked_fill(~for_image, UNSCORED),
+            scores.t().masked_fill(~for_text, UNSCORED),
         )
 
     def itm_accuracy(self, img2txt: list[list[int]], temperature: float = 0.07, seed: int = 0) -> float:
@@ -92,23 +153,41 @@ class Collection:
             torch.manual_seed(seed)
             hard_text, has_text = hard_negatives(sharp.softmax(1), truth)
             hard_image, has_image = hard_negatives(sharp.softmax(0).t()[own], truth.t()[own])
-        right = 0
-        by_image: list[list[tuple[int, int]]] = [[] for _ in img2txt]
-        for image in range(len(img2txt)):
-            by_image[image].append((int(own[image]), 1))
-            if has_text[image]:
-                by_image[image].append((int(hard_text[image]), 0))
-            if has_image[image]:
-                by_image[int(hard_image[image])].append((int(own[image]), 0))
-        for image, pairs in enumerate(by_image):
-            texts, labels = map(torch.tensor, zip(*pairs))
-            right += int((self.match(image, texts).argmax(1) == labels).sum())
-        return right / sum(map(len, by_image))
+        pairs: dict[int, list[tuple[int, int]]] = {image: [] for image in self.share}
+        for image in range(self.images):
+            made = [(image, own[image], 1, True), (image, hard_text[image], 0, has_text[image])]
+            made.append((int(hard_image[image]), own[image], 0, has_image[image]))
+            for picture, text, label, counts in made:
+                if counts and picture in pairs:
+                    pairs[picture].append((int(text), label))
+        logits = self.match({image: [text for text, _ in found] for image, found in pairs.items()})
+        right = [(logits[i].argmax(1) == torch.tensor([y for _, y in pairs[i]])) for i in pairs if pairs[i]]
+        count = torch.tensor([sum(int(r.sum()) for r in right), sum(map(len, right))], device=self.device)
+        total = gather.concat_all_gather(count[None]).sum(0).tolist()
+        return total[0] / total[1]
+
+    def bar(self, items: Iterable | None, name: str, total: int | None = None) -> tqdm:
+        hidden = not self.progress or gather.rank() > 0
+        return tqdm(items, desc=name, total=total, disable=hidden, leave=False)
 
 
-@dataclass
-class Texts:
-    """A slice of a tokenised batch."""
+def chunks(items: list, size: int) -> Iterator[list]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
-    input_ids: Tensor
-    attention_mask: Tensor
+
+def nearest(similarity: Tensor, k: int) -> Tensor:
+    """The k best (at most all) columns of each row of [R, C], as a mask."""
+    best = similarity.topk(min(k, similarity.shape[1]), 1).indices
+    return torch.zeros(similarity.shape, dtype=torch.bool).scatter_(1, best, True)
+
+
+def all_rows(own: Tensor, count: int) -> Tensor:
+    """The rows of `my_share` on every rank -> all `count` rows in order, on every rank's CPU."""
+    world = gather.world_size()
+    if world == 1:
+        return own.cpu()
+    padded = own.new_zeros(-(-count // world), own.shape[1])
+    padded[: len(own)] = own
+    rows = gather.concat_all_gather(padded).cpu()
+    return rows.unflatten(0, (world, -1)).transpose(0, 1).flatten(0, 1)[:count]

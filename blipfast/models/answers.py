@@ -1,0 +1,87 @@
+"""Ranking a list of answers to a question: the candidates as one tree, so that a shared beginning is read once.
+
+Row 0 of a question's tree is [DEC]; every other row is a token that goes on from its parent, and sees it, the parent's
+parent, and so on up to [DEC]. A row predicts the next tokens of all candidates that pass through it. An answer's last
+token, [SEP], is predicted and never read. Losses are those of training each candidate alone, to rounding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .med import BertLMHeadModel
+from .packed import ImageStates, Part, run
+from .packing import Ragged
+
+HEAD_ROWS = 512  # rows of logits held at a time
+
+
+class Tree:
+    """The prefix tree of candidate answers (token ids, [DEC] first)."""
+
+    def __init__(self, answers: list[list[int]]):
+        """Raises ValueError for an answer of fewer than two tokens."""
+        self.tokens, self.parents, self.depths = [answers[0][0]], [-1], [0]
+        self.edges: list[tuple[int, int, int]] = []  # candidate, row, the token that the row must predict
+        children: dict[tuple[int, int], int] = {}
+        for candidate, answer in enumerate(answers):
+            if len(answer) < 2:
+                raise ValueError(f"Answer {candidate} has no token after [DEC]: {answer}.")
+            row = 0
+            for place, token in enumerate(answer[1:], 1):
+                self.edges.append((candidate, row, token))
+                if place == len(answer) - 1:
+                    break
+                if (row, token) not in children:
+                    children[row, token] = len(self.tokens)
+                    self.tokens.append(token)
+                    self.parents.append(row)
+                    self.depths.append(place)
+                row = children[row, token]
+
+    def sees(self, width: int) -> np.ndarray:
+        """Whether a row sees another, bool [width, width]; rows beyond the tree see [DEC]."""
+        table = np.zeros((width, width), bool)
+        table[:, 0] = True
+        for row, parent in enumerate(self.parents):
+            if parent >= 0:
+                table[row] = table[parent]  # a parent comes before its children
+            table[row, row] = True
+        return table
+
+
+@torch.no_grad()
+def answer_losses(
+    decoder: BertLMHeadModel, images: ImageStates, answers: list[list[list[int]]]
+) -> list[Tensor]:
+    """For each question, the summed LM losses of its candidates [K], label smoothing included, fp32.
+
+    images: what the decoder cross-attends to, one entry a question. answers: each question's candidates.
+    """
+    trees = [Tree(candidates) for candidates in answers]
+    device = images.layers[0][0].device
+    text = Ragged.of([tree.tokens for tree in trees], device)
+    text.rows.position = torch.tensor([d for tree in trees for d in tree.depths], device=device)
+    part = Part(decoder.bert, text)
+    sees = np.stack([tree.sees(text.rows.width) for tree in trees])
+    part.mask = part.last_mask = torch.from_numpy(sees)[:, None].to(device)
+    states = run([part], images)[0]
+
+    offsets = text.rows.first
+    edges = [(b, c, offsets[b] + row, token) for b, tree in enumerate(trees) for c, row, token in tree.edges]
+    edges.sort(key=lambda edge: edge[2])
+    table = np.array(edges, np.int64)
+    sums = torch.zeros(len(trees), max(map(len, answers)), device=device)
+    smoothing = decoder.config.label_smoothing
+    for start in range(0, len(states), HEAD_ROWS):
+        logits = decoder.cls(states[start : start + HEAD_ROWS]).float()
+        first, last = np.searchsorted(table[:, 2], (start, start + HEAD_ROWS))
+        question, candidate, row, token = torch.from_numpy(table[first:last].T.copy()).to(device)
+        row = row - start
+        # cross-entropy with label smoothing: lse - (1 - s) * logit of the token - s * mean logit
+        common = logits.logsumexp(1) - smoothing * logits.mean(1)
+        losses = common[row] - (1 - smoothing) * logits[row, token]
+        sums.index_put_((question, candidate), losses, accumulate=True)
+    return [row[: len(candidates)] for row, candidates in zip(sums, answers)]

@@ -1,0 +1,193 @@
+"""MED over packed texts: the same weights and results as `med.BertModel.forward`, each thing computed once.
+
+No padding; the image's keys and values of all layers from one matrix product, shared by every text that looks at it;
+of the last layer only the rows that are read. Texts that go through different self-attentions but share everything
+else (ITM and LM in pre-training) go through in one pass, as `Part`s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .med import BertEncoder, BertLMHeadModel, BertModel, KeyValue
+from .packing import Ragged, Reads, Rows, cross_attention, self_attention
+
+
+@dataclass
+class ImageStates:
+    """What cross-attention reads: every layer's keys and values, each [M, N, H, d], of M images of N tokens.
+
+    mask: bool [M, N], True where a token counts; None: all do.
+    """
+
+    layers: list[KeyValue]
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers[0][0])
+
+    def pick(self, images: Tensor) -> ImageStates:
+        """Those of some of the images."""
+        layers = [(key[images], value[images]) for key, value in self.layers]
+        return ImageStates(layers, None if self.mask is None else self.mask[images])
+
+
+def image_states(
+    encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None = None, name: str = "self"
+) -> ImageStates:
+    """Keys and values of images [M, N, D_v] for all layers, by one matrix product.
+
+    mask [M, N]: nonzero where an image token counts. name: which attention of a cross-attention block ("self"; with two
+    images "self0" and "self1").
+    """
+    blocks = [getattr(layer.crossattention, name) for layer in encoder.layer]
+    linears = [linear for block in blocks for linear in (block.key, block.value)]
+    weight, bias = (torch.cat([getattr(linear, kind) for linear in linears]) for kind in ("weight", "bias"))
+    heads = encoder.config.num_attention_heads
+    every = F.linear(image_embeds, weight, bias).unflatten(-1, (len(linears), heads, -1)).unbind(2)
+    return ImageStates(list(zip(every[::2], every[1::2])), None if mask is None else mask.bool())
+
+
+def text_states(encoder: BertEncoder, states: Tensor, rows: Rows) -> ImageStates:
+    """The same of packed texts [T, D] (the questions that VQA's decoder reads), one entry a text."""
+    every = image_states(encoder, states[None])
+    layers = [tuple(rows.lay_out(x.squeeze(0)) for x in key_value) for key_value in every.layers]
+    return ImageStates(layers, rows.lay_out(torch.ones_like(rows.position, dtype=torch.bool)))
+
+
+Images = ImageStates | tuple[ImageStates, ImageStates]  # a pair where each text looks at two (NLVR2)
+
+
+@dataclass
+class Part:
+    """Texts that share a self-attention: that of `model`. kept: the (start, end) of each text whose states are read."""
+
+    model: BertModel
+    text: Ragged
+    causal: bool = False
+    kept: tuple[int, int] | None = None
+    last: Rows = field(init=False)
+    rows: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.last = self.text.rows
+        if self.kept:
+            self.last, self.rows = self.text.rows.part(*self.kept)
+        rows = self.text.rows
+        self.mask = rows.attention_mask(rows, self.causal)
+        self.last_mask = rows.attention_mask(self.last, self.causal)
+
+    def attend(self, i: int, states: Tensor, final: bool) -> Tensor:
+        """Layer i's self-attention block over this part's states; of the final layer only the rows that are read."""
+        block, rows = self.model.encoder.layer[i].attention, self.text.rows
+        query_rows, mask = (self.last, self.last_mask) if final else (rows, self.mask)
+        kept = states[self.rows] if final and self.rows is not None else states
+        inner = block.self
+        context = self_attention(
+            inner.query(kept),
+            inner.key(states),
+            inner.value(states),
+            query_rows,
+            rows,
+            mask,
+            inner.num_attention_heads,
+            inner.dropout.p if inner.training else 0.0,
+        )
+        return block.output(context, kept)
+
+
+def run(
+    parts: list[Part], images: Images | None = None, image: list[list[int] | None] | None = None
+) -> list[Tensor]:
+    """Last states of each part's texts, [rows read, D].
+
+    All parts share the embeddings, the cross-attention and the feed-forward of the first part's model. image: for each
+    part, which image every text looks at (None: text b at image b); without `images` the texts are read alone.
+    """
+    model = parts[0].model
+    states = [
+        model.embeddings(part.text.ids[None], part.text.rows.position[None]).squeeze(0) for part in parts
+    ]
+    reads = final_reads = None
+    if images is not None:
+        image = image or [None] * len(parts)
+        M = len(images if isinstance(images, ImageStates) else images[0])
+        reads = together([part.text.rows for part in parts], image, M)
+        final_reads = together([part.last for part in parts], image, M)
+    depth = len(model.encoder.layer)
+    recompute = model.encoder.config.gradient_checkpointing and model.training and torch.is_grad_enabled()
+    for i, layer in enumerate(model.encoder.layer):
+        final = i == depth - 1
+
+        def step(*states: Tensor, i=i, layer=layer, final=final) -> tuple[Tensor, ...]:
+            attended = [part.attend(i, x, final) for part, x in zip(parts, states)]
+            sizes = [len(x) for x in attended]
+            x = torch.cat(attended) if len(parts) > 1 else attended[0]
+            if images is not None:
+                x = attend_images(layer.crossattention, x, images, i, final_reads if final else reads)
+            return layer.output(layer.intermediate(x), x).split(sizes)
+
+        states = checkpoint(step, *states, use_reentrant=False) if recompute else step(*states)
+    return list(states)
+
+
+def together(rows: list[Rows], image: list[list[int] | None], images: int) -> Reads:
+    """The `Reads` of several parts, one behind the other."""
+    if len(rows) == 1:
+        return Reads(rows[0], image[0], images)
+    lengths = [length for part in rows for length in part.lengths]
+    each = [range(len(part.lengths)) if of is None else of for part, of in zip(rows, image)]
+    return Reads(Rows(lengths, rows[0].device), [m for of in each for m in of], images)
+
+
+def attend_images(block, states: Tensor, images: Images, i: int, reads: Reads) -> Tensor:
+    """A layer's cross-attention block over packed states [T, D]."""
+    inners = (block.self,) if isinstance(images, ImageStates) else (block.self0, block.self1)
+    contexts = [
+        cross_attention(
+            inner.query(states), *seen.layers[i], reads, seen.mask, inner.dropout.p if inner.training else 0.0
+        )
+        for inner, seen in zip(inners, (images,) if len(inners) == 1 else images)
+    ]
+    return block.output(contexts[0] if len(contexts) == 1 else contexts, states)
+
+
+def first_states(
+    model: BertModel, text: Ragged, images: Images | None = None, image: list[int] | None = None
+) -> Tensor:
+    """The state of each text's first token, [B, D]: all that ITC, ITM and NLVR2 read."""
+    return run([Part(model, text, kept=(0, 1))], images, [image])[0]
+
+
+def all_states(
+    model: BertModel, text: Ragged, images: Images | None = None, image: list[int] | None = None
+) -> Tensor:
+    """Every token's state, packed [T, D]."""
+    return run([Part(model, text)], images, [image])[0]
+
+
+def language_part(decoder: BertLMHeadModel, text: Ragged, prompt_length: int = 1) -> Part:
+    """The decoder's part: causal, and of the last layer the tokens that predict one after the prompt."""
+    return Part(decoder.bert, text, causal=True, kept=(prompt_length - 1, -1))
+
+
+def language_loss(decoder: BertLMHeadModel, part: Part, states: Tensor, reduction: str = "mean") -> Tensor:
+    """Next-token loss of a decoder's part from its last states, with the decoder's label smoothing, in fp32.
+
+    "mean": over the predicted tokens; "none": one sum a text, [B]. Raises ValueError if nothing is to be predicted.
+    """
+    if not len(part.last):
+        raise ValueError("No text has a token after the prompt, so there is nothing to predict.")
+    labels = part.text.ids[part.rows + 1]
+    losses = F.cross_entropy(
+        decoder.cls(states).float(),
+        labels,
+        label_smoothing=decoder.config.label_smoothing,
+        reduction="mean" if reduction == "mean" else "none",
+    )
+    return losses if reduction == "mean" else part.last.lay_out(losses).sum(1)

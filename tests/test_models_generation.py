@@ -1,0 +1,134 @@
+"""Generation beyond parity: images that come and go, several texts an image, bad rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blipfast.models.blip import blip_decoder
+from blipfast.models.decoding import Decoding
+from blipfast.models.generation import generate
+from blipfast.text import train_tokenizer
+
+TOKENIZER = train_tokenizer(["a picture of a dog", "two red apples"], vocab_size=270)
+EOS, PAD, V = TOKENIZER.sep_token_id, TOKENIZER.pad_token_id, len(TOKENIZER)
+RULES = dict(eos_token_id=EOS, pad_token_id=PAD, max_length=9, min_length=0)
+
+
+@pytest.fixture
+def model(small):
+    torch.manual_seed(0)
+    small["med_config"]["initializer_range"] = 0.3  # so that what is said depends on the picture
+    return blip_decoder(tokenizer=TOKENIZER, **small).eval()
+
+
+@pytest.fixture
+def prompt():
+    return torch.tensor([TOKENIZER.bos_token_id, 20, 21])
+
+
+@pytest.fixture
+def embeds(model):
+    """States of 7 pictures; the end token is made likely, so that texts end at different lengths."""
+    with torch.no_grad():
+        model.text_decoder.cls.predictions.bias[EOS] += 4.0
+        return model.visual_encoder(torch.randn(7, 3, 32, 32))
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 1}, {"sample": True}], ids=str)
+def test_texts_do_not_depend_on_which_images_are_decoded_together(model, prompt, embeds, how):
+    def run(**more):
+        torch.manual_seed(5)
+        return generate(model.text_decoder, prompt, embeds, **RULES, **how, **more)
+
+    together = run()
+    lengths = (together != PAD).sum(1)
+    assert len(set(lengths.tolist())) > 1, "the test needs texts of different lengths"
+    for batch_size in (1, 2, 3):
+        assert torch.equal(run(batch_size=batch_size), together)
+
+
+def test_running_out_of_memory_halves_the_batch_and_changes_nothing(model, prompt, embeds, monkeypatch):
+    expected = generate(model.text_decoder, prompt, embeds, num_beams=3, **RULES)
+    step, sizes = Decoding.step, []
+
+    def short_of_memory(self, first, last, *args, **kwargs):
+        sizes.append(len(self.images))
+        if len(self.images) > 2 and len(sizes) > 3:  # after some images are under way
+            raise torch.OutOfMemoryError("pretended")
+        return step(self, first, last, *args, **kwargs)
+
+    monkeypatch.setattr(Decoding, "step", short_of_memory)
+    assert torch.equal(generate(model.text_decoder, prompt, embeds, num_beams=3, **RULES), expected)
+    assert set(sizes) == {7, 3, 1}
+
+
+def test_an_image_that_has_ended_gives_its_place_to_one_that_waits(model, prompt, embeds, monkeypatch):
+    rows = []
+    step = Decoding.step
+
+    def count(self, first, last, *args, **kwargs):
+        rows.append(last - first)
+        return step(self, first, last, *args, **kwargs)
+
+    monkeypatch.setattr(Decoding, "step", count)
+    generate(model.text_decoder, prompt, embeds, batch_size=2, num_beams=2, **RULES)
+    continued = sum(rows)
+    rows.clear()
+    for pair in embeds.split(2):
+        generate(model.text_decoder, prompt, pair, num_beams=2, **RULES)
+    assert continued == sum(rows)  # no row is computed for an image that has ended
+
+
+def test_the_n_best_beams_come_best_first(model, prompt, embeds):
+    three = generate(model.text_decoder, prompt, embeds, num_beams=3, num_return=3, **RULES)
+    one = generate(model.text_decoder, prompt, embeds, num_beams=3, **RULES)
+    assert torch.equal(three[::3, : one.shape[1]], one)
+    assert len({tuple(row) for row in three[:3].tolist()}) == 3
+
+
+def test_samples_of_an_image_differ_and_a_seed_repeats_them(model, prompt, embeds):
+    def run():
+        torch.manual_seed(1)
+        return generate(model.text_decoder, prompt, embeds, sample=True, num_return=4, **RULES)
+
+    texts = run()
+    assert texts.shape[0] == 28 and torch.equal(texts, run())
+    assert len({tuple(row) for row in texts[:4].tolist()}) > 1
+
+
+def test_max_new_tokens_counts_without_the_prompt(model, prompt, embeds):
+    rules = RULES | {"max_length": 3, "min_length": 7}
+    assert generate(model.text_decoder, prompt, embeds, max_new_tokens=4, **rules).shape[1] == 7
+
+
+def test_captions_of_a_stream_are_those_of_a_batch_in_order(model):
+    images = torch.randn(5, 3, 32, 32)
+    expected = model.generate(images, num_beams=2, max_length=20, min_length=5)
+    stream = model.generate_stream(images.split(2), num_beams=2, max_length=20, min_length=5, batch_size=2)
+    assert [texts[0] for texts in stream] == expected
+    assert list(model.generate_stream([], num_beams=2)) == []
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        ({"min_length": 12}, "min_length 12 exceeds max_length 9"),
+        ({"max_length": 3}, "leaves no room after a prompt of 3"),
+        ({"max_length": 65}, "exceeds the model's 64 positions"),
+        ({"num_beams": V // 2 + 1}, f"half of the {V - 1} tokens"),
+        ({"top_p": 0.0}, "top_p must be in"),
+        ({"num_beams": 2, "num_return": 3}, "between 1 and num_beams"),
+        ({"length_norm": "none"}, "length_norm must be"),
+        ({"repetition_penalty": 0.0}, "must be above 0"),
+    ],
+)
+def test_rules_that_cannot_be_met_are_refused(model, prompt, embeds, rules, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model.text_decoder, prompt, embeds, **RULES | rules)
+
+
+def test_an_image_with_nan_is_named(model, prompt, embeds):
+    embeds[4, 2] = torch.nan
+    with pytest.raises(ValueError, match="Image 4 gives states that are not finite"):
+        generate(model.text_decoder, prompt, embeds, **RULES)
