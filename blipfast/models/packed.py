@@ -148,12 +148,12 @@ def together(rows: list[Rows], image: list[list[int] | None], images: int) -> Re
 def attend_images(block, states: Tensor, images: Images, i: int, reads: Reads) -> Tensor:
     """A layer's cross-attention block over packed states [T, D]."""
     inners = (block.self,) if isinstance(images, ImageStates) else (block.self0, block.self1)
-    contexts = [
-        cross_attention(
-            inner.query(states), *seen.layers[i], reads, seen.mask, inner.dropout.p if inner.training else 0.0
-        )
-        for inner, seen in zip(inners, (images,) if len(inners) == 1 else images)
-    ]
+    contexts = []
+    for inner, seen in zip(inners, (images,) if len(inners) == 1 else images):
+        dropout = inner.dropout.p if inner.training else 0.0
+        keep = inner.keep if inner.save_attention else None
+        query = inner.query(states)
+        contexts.append(cross_attention(query, *seen.layers[i], reads, seen.mask, dropout, keep))
     return block.output(contexts[0] if len(contexts) == 1 else contexts, states)
 
 

@@ -7,10 +7,11 @@ them back; everything else in a transformer works row by row. Lengths are known 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import attention
@@ -137,14 +138,27 @@ def self_attention(
 
 
 def cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, reads: Reads, mask: Tensor | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reads: Reads,
+    mask: Tensor | None,
+    dropout: float,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Attention of packed tokens [T, D] to the image that each reads: keys and values [M, N, H, d] -> [T, D].
 
-    mask: bool [M, N], the image tokens that count.
+    mask: bool [M, N], the image tokens that count. keep: is given the attention map [M, H, tokens of the image, N].
     """
     heads = key.shape[2]
     laid_out = reads.lay_out(query).unflatten(-1, (heads, -1)).transpose(1, 2)
+    key, value = key.transpose(1, 2), value.transpose(1, 2)
     mask = None if mask is None else mask[:, None, None]
-    context = attention(laid_out, key.transpose(1, 2), value.transpose(1, 2), mask, dropout)
+    if keep is None:
+        context = attention(laid_out, key, value, mask, dropout)
+    else:
+        scores = laid_out @ key.transpose(-2, -1) / key.shape[-1] ** 0.5
+        weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
+        keep(weights)
+        context = F.dropout(weights, dropout) @ value
     return reads.take_back(context.transpose(1, 2).flatten(2))

@@ -71,7 +71,7 @@ def build_model(config: Config) -> PretrainModel:
         text_model.config.gradient_checkpointing = model.text_grad_ckpt
     built.text_decoder.config.label_smoothing = loss.label_smoothing
     if model.init_from:
-        load_checkpoint(built, model.init_from)
+        load_checkpoint(built, model.init_from, allow_missing=False, allow_random=model.allow_random)
     return built
 
 
