@@ -151,7 +151,8 @@ def test_texts_are_scored_against_a_picture(capsys, run_folder, pictures):
     from blipfast.models.run import load_matcher
 
     texts = ["a red dog", "A GREEN apple."]
-    code, out, _ = blipfast(capsys, "match", "--json", "--model", run_folder, pictures / "red.png", *texts)
+    exact = ["--json", "--precision", "fp32", "--model", run_folder]
+    code, out, _ = blipfast(capsys, "match", *exact, pictures / "red.png", *texts)
     scores = json.loads(out)["scores"]
     model = load_matcher(run_folder).eval()
     image = eval_transform(16)(load_image(pictures / "red.png"), None)[None]

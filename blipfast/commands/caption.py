@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .common import add_model, add_verb, choose_device, explain, positive, run_settings
+from .common import add_model, add_verb, choose_device, in_words, positive, prepare, run_settings
 
 EXAMPLES = """examples:
   blipfast caption --model runs/emoji dog.png cat.png
@@ -51,8 +51,8 @@ def caption(args: argparse.Namespace) -> int:
 
     settings = run_settings(args.model).evaluate
     model = load_captioner(args.model, **({} if args.prompt is None else {"prompt": args.prompt}))
+    model = prepare(model, args)
     device = choose_device(args.device)
-    model = model.to(device).eval()
     transform = eval_transform(model.visual_encoder.image_size)
     how = {
         "sample": args.sample,
@@ -73,7 +73,7 @@ def caption(args: argparse.Namespace) -> int:
                 images.append(transform(load_image(path), None))
                 readable.append(path)
             except (ValueError, OSError) as error:
-                failed[path] = explain(error)
+                failed[path] = in_words(error)
                 print(f"blipfast: {failed[path]}", file=sys.stderr)
             if len(images) == args.batch_size:
                 yield torch.stack(images).to(device)

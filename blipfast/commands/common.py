@@ -27,8 +27,18 @@ def add_verb(
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options of a verb that runs a model."""
-    parser.add_argument("--model", required=True, help="a run folder, or a checkpoint (.pth, .safetensors)")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a run folder, a checkpoint (.pth, .safetensors), a Hugging Face folder or name",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        metavar="P",
+        help="fp32, bf16, fp16, int8 (CPU), or auto: bf16 where the hardware is fast at it (default)",
+    )
 
 
 def positive(text: str) -> int:
@@ -59,7 +69,14 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def explain(error: Exception) -> str:
+def prepare(model: Any, args: argparse.Namespace) -> Any:
+    """The model on the device and in the precision of the options of `add_model`."""
+    from blipfast.quantize import prepare
+
+    return prepare(model, args.precision, choose_device(args.device))
+
+
+def in_words(error: Exception) -> str:
     """An error in the words of the file it is about."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .common import add_model, add_verb, choose_device, run_settings
+from .common import add_model, add_verb, choose_device, prepare, run_settings
 
 EXAMPLES = """example:
   blipfast match --model runs/emoji dog.png "dog face" "red apple"
@@ -33,7 +33,7 @@ def match(args: argparse.Namespace) -> int:
     data = run_settings(args.model).data
     texts = [pre_caption(text, data.max_words) if data.clean_captions else text for text in args.texts]
     device = choose_device(args.device)
-    model = load_matcher(args.model).to(device).eval()
+    model = prepare(load_matcher(args.model), args)
     image = eval_transform(model.visual_encoder.image_size)(load_image(args.picture), None)[None].to(device)
     with torch.inference_mode():
         states, ids = model.visual_encoder(image), model.encode_text(texts)

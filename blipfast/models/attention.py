@@ -19,7 +19,8 @@ def attention(
 
     mask: boolean (True: attend) or additive, broadcastable to [B, 1, T, S]. scale: 1 / sqrt(d) unless given.
     """
-    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+    trains = torch.is_grad_enabled() and query.requires_grad
+    if trains and query.dtype == torch.bfloat16 and query.device.type == "cpu":
         # torch's bf16 backward on CPU takes ten times as long as its fp32 one
         with torch.autocast("cpu", enabled=False):
             return attention(query.float(), key.float(), value.float(), mask, dropout, scale).to(query.dtype)

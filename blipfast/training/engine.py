@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..precision import fast_bf16
 from .distributed import World
 from .optimizer import build_optimizer, init_state, set_step
 
@@ -19,15 +20,7 @@ WEIGHT = "weight"  # beside optimizer.STATES: which tensor of a parameter `read`
 
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether `train.precision` means autocast to bf16 here; "auto": where the hardware multiplies bf16 faster."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        bool(torch.cpu.get_capabilities().get("amx_bf16"))
-        if hasattr(torch.cpu, "get_capabilities")
-        else False
-    )
+    return fast_bf16(device) if precision == "auto" else precision == "bf16"
 
 
 class AutocastModule(nn.Module):
