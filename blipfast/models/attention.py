@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SHORT = 256  # keys: below this a bf16 map is cheap enough to be kept on a CPU
+
 
 def attention(
     query: Tensor,
@@ -19,12 +21,23 @@ def attention(
 
     mask: boolean (True: attend) or additive, broadcastable to [B, 1, T, S]. scale: 1 / sqrt(d) unless given.
     """
-    trains = torch.is_grad_enabled() and query.requires_grad
-    if trains and query.dtype == torch.bfloat16 and query.device.type == "cpu":
-        # torch's bf16 backward on CPU takes ten times as long as its fp32 one
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # torch's own bf16 backward takes ten times as long as its fp32 one
         with torch.autocast("cpu", enabled=False):
+            if key.shape[2] <= SHORT:
+                return short_attention(query, key, value, mask, dropout, scale)
             return attention(query.float(), key.float(), value.float(), mask, dropout, scale).to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
+
+
+def short_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float | None
+) -> Tensor:
+    """`attention` by its formula, softmax in fp32: keeps the map for the backward pass, which few keys can afford."""
+    scores = (query * (scale or query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return F.dropout(scores.softmax(-1), dropout).to(value.dtype) @ value
 
 
 class KeepsAttention(nn.Module):
