@@ -22,6 +22,9 @@ help:
 	@echo 'make test    run the tests'
 	@echo 'make seeds   the demo over three seeds, and a summary'
 	@echo 'make bench   run the benchmarks'
+	@echo 'make aot     compile every kernel for sm_80 and sm_90, without a GPU; registers, shared memory, spills'
+	@echo 'make bench-gpu     test and measure the kernels on this GPU, in at most eight minutes (benchmarks/results)'
+	@echo 'make tune-kernels  find the fastest kernel configurations for this GPU and store them'
 	@echo 'make lint    check style and formatting'
 	@echo 'make clean   remove .venv and what was built; data/ and runs/ stay'
 
@@ -40,6 +43,15 @@ seeds: $(VENV)/installed data/emoji/tokenizer.json
 
 bench: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest benchmarks/ --benchmark-only
+
+aot: $(VENV)/installed-dev
+	$(VENV)/bin/python -m blipfast.kernels.aot
+
+bench-gpu: $(VENV)/installed-dev
+	$(VENV)/bin/python benchmarks/gpu.py
+
+tune-kernels: $(VENV)/installed-dev
+	$(VENV)/bin/python benchmarks/tune_kernels.py
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -61,4 +73,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --no-build-isolation -e '.[train,plot,fast,dev]'
 	touch $@
 
-.PHONY: help demo test seeds bench lint clean
+.PHONY: help demo test seeds bench aot bench-gpu tune-kernels lint clean

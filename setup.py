@@ -12,8 +12,23 @@ extras = {
     "train": ["deepspeed>=0.16", "ninja", "packaging", "psutil"],
     "fast": ["simplejpeg>=1.8"],
     "plot": ["matplotlib>=3.8"],
+    "tune": ["optuna>=4.5", "matplotlib>=3.8"],
+    "video": ["av>=12"],
+    "metrics": ["pycocoevalcap>=1.2"],  # METEOR and SPICE, and Java
+    "easy-vqa": ["easy-vqa==1.0"],
+    "kernels": ["triton>=3.6; sys_platform == 'linux'"],  # CUDA builds of torch bring their own
 }
-extras["dev"] = ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.9", "transformers>=5", "webdataset>=1"]
+extras["dev"] = (
+    extras["kernels"]
+    + extras["tune"]
+    + [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "ruff>=0.9",
+        "transformers>=5",
+        "webdataset>=1",
+    ]
+)
 extras["all"] = sorted({package for packages in extras.values() for package in packages})
 
 setup(
@@ -25,8 +40,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["blipfast", "blipfast.*"]),
-    package_data={"blipfast": ["assets/**", "models/*.json"]},
+    packages=[*find_packages(include=["blipfast", "blipfast.*"]), "blipfast.kernels"],
+    package_dir={"blipfast.kernels": "kernels"},
+    package_data={"blipfast": ["assets/**", "models/*.json"], "blipfast.kernels": ["tables/*.json"]},
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",

@@ -25,9 +25,9 @@ CPU_FEATURES = (
 CORE = ("torch", "numpy", "pillow", "tokenizers", "safetensors", "PyYAML", "tqdm")
 OPTIONAL = {
     "deepspeed": "training with ZeRO and several ranks: pip install 'blipfast[train]'",
-    "triton": "GPU kernels; comes with the CUDA build of torch",
-    "flash-attn": "not needed; torch's own attention is used",
-    "xformers": "not needed; torch's own attention is used",
+    "triton": "GPU kernels; comes with the CUDA build of torch, else pip install 'blipfast[kernels]'",
+    "flash-attn": "another backend of attention; not needed",
+    "xformers": "another backend of attention; not needed",
     "simplejpeg": "faster JPEG decoding: pip install 'blipfast[fast]'",
     "matplotlib": "loss curves: pip install 'blipfast[plot]'",
 }
@@ -47,6 +47,7 @@ def report() -> str:
     for package, use in OPTIONAL.items():
         lines[package] = installed(package) or f"not installed ({use})"
     lines["apex"] = apex()
+    lines |= operations()
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {state}" for name, state in lines.items())
 
@@ -87,6 +88,16 @@ def gpu() -> str:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     major, minor = torch.cuda.get_device_capability()
     return f"{', '.join(names)}; CUDA {torch.version.cuda}, compute capability {major}.{minor}"
+
+
+def operations() -> dict[str, str]:
+    """Who serves each operation on each device, and why; see `blipfast.backends` for how to overrule it."""
+    try:
+        from . import backends, ops
+    except (ImportError, OSError) as error:
+        return {"operations": f"unknown, torch does not load ({error})"}
+    ops.load_all()
+    return {f"{op} ({device})": f"{name}: {why}" for op, device, name, why in backends.describe()}
 
 
 def apex() -> str:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: they then run on the CPU, slowly
 
 torch.set_num_threads(1)
 
@@ -28,3 +34,25 @@ def small() -> dict:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def poison_empty(monkeypatch) -> None:
+    """Makes torch.empty, torch.empty_like and Tensor.new_empty give NaN, so that what a kernel forgets shows."""
+
+    def poisoned(make):
+        def wrapper(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("aot") and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton: pip install 'blipfast[kernels]'")

@@ -1,0 +1,161 @@
+"""Times the contenders of a case, in turn, and says what a GPU could do at best in the same run."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import quantiles
+
+import torch
+
+from benchmarks.cases import Case
+
+Functions = dict[str, Callable[[], object]]
+FLUSH = 256 * 2**20  # bytes written between two timings: more than any L2 cache holds
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the machine reaches: TFLOP/s of a large bf16 product, GB/s (read and written) of a large copy."""
+
+    tflops: float
+    gbps: float
+
+
+@dataclass
+class Row:
+    """One contender of one case. Times in ms; ratio: its time over ours, round by round; note: why there is no time.
+
+    ceiling: the share of its time that the ceilings ask for, by FLOPs or by bytes, whichever is more.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    contender: str
+    ms_p20: float | None = None
+    ms_p50: float | None = None
+    ms_p80: float | None = None
+    tflops: float | None = None
+    gbps: float | None = None
+    ceiling: float | None = None
+    peak_mib: float | None = None
+    ratio_p20: float | None = None
+    ratio_p50: float | None = None
+    ratio_p80: float | None = None
+    rounds: int = 0
+    note: str = ""
+
+
+def measure(case: Case, device: str, ceiling: Ceiling, seconds: float = 0.4) -> list[Row]:
+    """A row for every contender; one that fails gets a note instead of times. Takes about `seconds` a contender.
+
+    Every round runs each of them once, so that what slows the machine slows all alike. On a GPU the L2 cache is
+    overwritten before every call, outside the timing.
+    """
+    rows, ready = {}, {}
+    for label, function in case.setup().items():
+        rows[label] = row = blank(case, label)
+        try:
+            function()  # compiles what there is to compile
+            row.peak_mib = _peak_mib(function, device)
+            ready[label] = function
+        except Exception as error:  # one contender's trouble is not the others'
+            row.note = explain(error)
+    if ready:
+        times = time_in_turn(ready, device, seconds)
+        first = next((label for label in times if label.startswith("ours")), None)
+        for label, own in times.items():
+            _fill(rows[label], case, own, times.get(first), ceiling)
+    return list(rows.values())
+
+
+def time_in_turn(functions: Functions, device: str, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of every call, round by round, in about `seconds` a function."""
+    rounds = _rounds_on_gpu if device == "cuda" else _rounds_on_cpu
+    rounds(functions, 1)
+    start = time.perf_counter()
+    rounds(functions, 2)  # to warm up, and to see how long one takes
+    one = (time.perf_counter() - start) / 2
+    return rounds(functions, round(min(200, max(10, len(functions) * seconds / one))))
+
+
+def blank(case: Case, contender: str, note: str = "") -> Row:
+    """A row without figures."""
+    return Row(case.op, case.shape, str(case.dtype).removeprefix("torch."), case.mode, contender, note=note)
+
+
+def explain(error: BaseException) -> str:
+    """An exception in one line of at most 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """20 %, 50 % and 80 % quantiles."""
+    tenths = quantiles(values, n=10, method="inclusive")
+    return tenths[1], tenths[4], tenths[7]
+
+
+def measure_ceiling(device: str) -> Ceiling:
+    """The best of several products of 8192 x 8192 bf16 matrices and copies of 2 GiB; small fp32 ones on a CPU."""
+    on_gpu = device == "cuda"
+    n, dtype = (8192, torch.bfloat16) if on_gpu else (512, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(2**31 if on_gpu else 2**24, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    functions = {"product": lambda: torch.mm(a, b), "copy": lambda: target.copy_(source)}
+    times = time_in_turn(functions, device, 0.3)
+    product, copy = (spread(times[name])[0] for name in functions)
+    return Ceiling(2 * n**3 / product / 1e9, 2 * source.numel() / copy / 1e6)
+
+
+def _fill(row: Row, case: Case, own: list[float], first: list[float] | None, ceiling: Ceiling) -> None:
+    row.rounds = len(own)
+    row.ms_p20, row.ms_p50, row.ms_p80 = spread(own)
+    row.tflops, row.gbps = case.flops / row.ms_p50 / 1e9, case.bytes / row.ms_p50 / 1e6
+    row.ceiling = max(row.tflops / ceiling.tflops, row.gbps / ceiling.gbps)
+    if first:
+        row.ratio_p20, row.ratio_p50, row.ratio_p80 = spread([a / b for a, b in zip(own, first, strict=True)])
+
+
+def _peak_mib(function: Callable[[], object], device: str) -> float | None:
+    """MiB that a call takes beyond what was there before it."""
+    if device != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _rounds_on_gpu(functions: Functions, count: int) -> dict[str, list[float]]:
+    """By CUDA events, after the L2 cache was overwritten."""
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    pairs = {label: [] for label in functions}
+    for _ in range(count):
+        for label, function in functions.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            function()
+            end.record()
+            pairs[label].append((start, end))
+    torch.cuda.synchronize()
+    return {label: [start.elapsed_time(end) for start, end in own] for label, own in pairs.items()}
+
+
+def _rounds_on_cpu(functions: Functions, count: int) -> dict[str, list[float]]:
+    """By the wall clock."""
+    times = {label: [] for label in functions}
+    for _ in range(count):
+        for label, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[label].append(1e3 * (time.perf_counter() - start))
+    return times

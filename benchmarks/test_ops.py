@@ -1,0 +1,41 @@
+"""Every operation's cases: on a CPU the PyTorch paths beside eager, on a GPU our kernels and their peers.
+
+`make bench-gpu` measures a GPU far more thoroughly; this is what runs anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.worker import collect
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES, FAILED = collect(DEVICE)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def title(case: Case) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "_", f"{case.op} {case.shape} {case.mode}")
+
+
+def test_every_operation_gives_cases():
+    assert not FAILED
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.rank == 0], ids=title)
+def test_operation(contest, case):
+    def finished(function):
+        def run():
+            function()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    torch._dynamo.reset()
+    contest(title(case), {label: finished(f) for label, f in case.setup().items()}, per=1)

@@ -1,0 +1,138 @@
+"""Processes that measure: what breaks one (a crash, a hang, a lost CUDA context) costs a case and not the run."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import ops
+from benchmarks.cases import Case
+from benchmarks.measure import explain, measure, measure_ceiling
+
+
+class Lost(RuntimeError):
+    """The process died, or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Title:
+    """Which case: by this a process that has the cases talks with one that has only their names."""
+
+    op: str
+    shape: str
+    dtype: str
+    mode: str
+    rank: int
+    place: int  # among the operation's cases
+
+
+def collect(device: str) -> tuple[list[Case], dict[str, str]]:
+    """The cases of every file in benchmarks/ops; and of the files that give none, why."""
+    cases, failed = [], {}
+    for name in sorted(module.name for module in pkgutil.iter_modules(ops.__path__)):
+        try:
+            cases += importlib.import_module(f"benchmarks.ops.{name}").cases(device)
+        except Exception as error:  # an operation that does not even import must not hide the others
+            failed[name] = explain(error)
+    return cases, failed
+
+
+class Worker:
+    """A process with all the cases. `titles` and `failed` are those of `collect`.
+
+    ask(verb, *arguments) -> answer: "ceiling" -> Ceiling; "measure", place in titles, Ceiling -> list of rows;
+    "warm", places -> None, after what is compiled there ran once, and so lies in the compilers' caches on disk.
+    """
+
+    def __init__(self, device: str, patience: float = 120.0) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, device), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.titles, self.failed = self.answer(patience)
+
+    def tell(self, verb: str, *arguments: object) -> None:
+        """Ask without waiting for the answer."""
+        self.connection.send((verb, arguments))
+
+    def answer(self, seconds: float) -> Any:
+        """The next answer. Raises Lost if there is none. Ends the process then, and if its CUDA context is lost."""
+        try:
+            if self.connection.poll(seconds):
+                answer, healthy = self.connection.recv()
+                if not healthy:
+                    self.close()
+                return answer
+            reason = f"no answer in {seconds:.0f} s"
+        except (EOFError, OSError):
+            self.process.join(5)
+            reason = f"the process died (exit code {self.process.exitcode})"
+        self.close()
+        raise Lost(reason)
+
+    def ask(self, verb: str, *arguments: object, seconds: float) -> Any:
+        """`tell`, then `answer`."""
+        try:
+            self.tell(verb, *arguments)
+        except OSError as error:
+            self.close()
+            raise Lost("the process died") from error
+        return self.answer(seconds)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(connection: Any, device: str) -> None:
+    if device == "cpu":
+        torch.set_num_threads(1)
+    cases, failed = collect(device)
+    places: dict[str, int] = {}
+    titles = []
+    for case in cases:
+        place = places[case.op] = places.get(case.op, -1) + 1
+        titles.append(Title(case.op, case.shape, str(case.dtype), case.mode, case.rank, place))
+    connection.send(((titles, failed), True))
+    verbs = {
+        "ceiling": lambda: measure_ceiling(device),
+        "measure": lambda index, ceiling, seconds: measure(cases[index], device, ceiling, seconds),
+        "warm": lambda indices: _warm([cases[index] for index in indices], device),
+    }
+    while True:
+        try:
+            verb, arguments = connection.recv()
+        except EOFError:  # nobody is left to ask
+            return
+        torch._dynamo.reset()  # a case compiles for its own shape only
+        connection.send((verbs[verb](*arguments), _healthy(device)))
+
+
+def _healthy(device: str) -> bool:
+    """False once a kernel's fault has cost this process its CUDA context."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _warm(cases: list[Case], device: str) -> None:
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(0.08)  # the tests run meanwhile, and need theirs
+    for case in cases:
+        torch._dynamo.reset()
+        try:
+            contenders = case.setup()
+            for label in {"ours triton", "compiled"} & contenders.keys():
+                contenders[label]()
+        except Exception:  # will be told when the case is measured
+            continue

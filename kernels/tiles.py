@@ -1,0 +1,25 @@
+"""Pieces that kernels of matrix products share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .aot import AotCase
+
+
+@triton.jit
+def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """Left and right half of a [BM, BN] tile. An epilogue that takes them in turn needs half the registers."""
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+def aot_case(
+    name: str, fn: Any, signature: dict[str, str], constexprs: dict[str, Any], config: dict[str, Any]
+) -> AotCase:
+    """An AotCase of a configuration of a table: its tile sizes are constexpr, the rest are launch options."""
+    tiles = dict(config)
+    warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+    return AotCase(name, fn, signature, constexprs | tiles, warps, stages, tensor_cores=True)

@@ -1,0 +1,206 @@
+"""The benchmark programs, without a GPU: what they write, what they survive, how the tuner climbs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu, report, tune_kernels
+from benchmarks.cases import Case, modes
+from benchmarks.measure import Ceiling, Row, measure
+from benchmarks.worker import Lost, Worker, collect
+
+CEILING = Ceiling(tflops=1.0, gbps=10.0)
+
+
+def case_of(contenders, flops=2e6, moved=0.0) -> Case:
+    return Case("op", "N1000", torch.float32, lambda: contenders, flops, moved)
+
+
+def nap(milliseconds):
+    return lambda: time.sleep(milliseconds / 1000)
+
+
+def failing():
+    raise ZeroDivisionError("no\nsuch kernel")
+
+
+def test_a_slower_contender_has_a_ratio_above_one_and_ours_is_the_measure():
+    ours, eager = measure(case_of({"ours torch": nap(2), "eager": nap(6)}), "cpu", CEILING, 0.05)
+    assert ours.ratio_p50 == 1 and 2 < eager.ratio_p50 < 4
+    assert ours.ms_p20 <= ours.ms_p50 <= ours.ms_p80 and ours.rounds >= 10
+    assert ours.tflops == pytest.approx(2e6 / (ours.ms_p50 * 1e-3) / 1e12)
+    assert ours.ceiling == pytest.approx(ours.tflops / CEILING.tflops)
+
+
+def test_the_ceiling_is_the_nearer_of_flops_and_bytes():
+    (row,) = measure(case_of({"ours torch": nap(2)}, flops=1e6, moved=1e7), "cpu", CEILING, 0.05)
+    assert row.ceiling == pytest.approx(row.gbps / CEILING.gbps)
+    assert row.gbps == pytest.approx(1e7 / (row.ms_p50 * 1e-3) / 1e9)
+
+
+def test_a_contender_that_fails_is_told_in_one_line_and_costs_no_other():
+    rows = measure(
+        case_of({"ours triton": failing, "ours torch": nap(1), "eager": nap(1)}), "cpu", CEILING, 0.02
+    )
+    assert rows[0].ms_p50 is None and rows[0].note == "ZeroDivisionError: no such kernel"
+    assert rows[1].ratio_p50 == 1 and rows[2].ms_p50 > 0
+
+
+def test_mode_full_differentiates_and_mode_forward_does_not():
+    x = torch.ones(3, requires_grad=True)
+    seen = []
+
+    def function(x):
+        seen.append(torch.is_grad_enabled())
+        return (2 * x, x.detach())
+
+    forward, full = modes(
+        "op", "N3", torch.float32, lambda: ({"eager": function}, (x,)), forward=(1, 1), full=(2, 2)
+    )
+    assert forward.setup()["eager"]()[0].requires_grad is False
+    (grad,) = full.setup()["eager"]()
+    assert seen == [False, True]
+    assert grad.abs().min() > 0 and (forward.mode, full.mode, full.flops) == ("forward", "full", 2)
+
+
+def test_every_operation_has_cases_that_run_on_a_cpu():
+    cases, failed = collect("cpu")
+    assert not failed
+    files = {path.stem for path in (Path(gpu.ROOT) / "benchmarks" / "ops").glob("*.py")} - {"__init__"}
+    assert len({case.op for case in cases}) >= len(files)
+    assert all(case.rank in (0, 1, 2) and case.mode in ("forward", "full") for case in cases)
+
+
+def test_a_process_that_dies_or_hangs_is_lost_and_says_so():
+    worker = Worker("cpu")
+    with pytest.raises(Lost, match="no answer in 0 s"):
+        worker.ask("ceiling", seconds=0)
+    with pytest.raises(Lost, match="died"):
+        worker.ask("ceiling", seconds=1)
+
+
+def test_the_dry_run_measures_every_operation_and_writes_all_files(tmp_path, capsys):
+    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--seconds", "0.01"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.csv",
+        "results.md",
+        "speed.png",
+        "ceiling.png",
+    }
+    rows, about = report.read_csv(tmp_path)
+    assert {row.op for row in rows} == {case.op for case in collect("cpu")[0]}
+    assert all(row.ms_p50 > 0 and not row.note for row in rows)
+    assert about["torch"] == torch.__version__ and float(about["ceiling_tflops"]) > 0
+    text = (tmp_path / "results.md").read_text()
+    assert "GPU tests: not run" in text and "Without a figure" not in text
+    assert "Written to" in capsys.readouterr().out
+
+
+def test_processes_that_compile_ahead_finish_and_are_gone_after(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=20e9))
+    run = gpu.Run("cpu", tmp_path, math.inf, ["mlp"], 0.01)
+    (warmer,) = warmers = run.start_warmers()
+    assert warmer.answer(60) is None
+    run.wait_for(warmers, time.monotonic())
+    assert not warmer.process.is_alive()
+    run.worker.close()
+
+
+def test_gpu_tests_are_run_and_cut_off_in_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    file = tmp_path / "tests" / "test_one.py"
+    file.write_text("import pytest\n@pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): assert 0\n")
+    assert gpu.gpu_tests(tmp_path / "log", 60).startswith("GPU tests: passed, 1 passed, 1 deselected")
+    file.write_text("import pytest\n@pytest.mark.gpu\ndef test_a(): assert 0\n")
+    assert gpu.gpu_tests(tmp_path / "log", 60).startswith("GPU tests: failed, 1 failed")
+    assert gpu.gpu_tests(tmp_path / "log", 0.1) == "GPU tests: failed, not done after 0 s; see log"
+
+
+def test_when_time_is_up_the_report_says_what_was_not_run(tmp_path):
+    assert gpu.main(["--dry-run", "--output", str(tmp_path), "--budget", "0", "--ops", "mlp"]) == 0
+    text = (tmp_path / "results.md").read_text()
+    assert "2 of 2 cases were not run, for lack of time" in text
+    assert "mlp B4 N37 D192 full, ours: not run: out of time" in text
+
+
+def test_a_failing_case_is_reported_and_the_exit_status_tells(tmp_path, monkeypatch):
+    ask, asked = Worker.ask, []
+
+    def lost_once(self, verb, *arguments, seconds):
+        asked.append(verb)
+        if asked.count("measure") == 1 and verb == "measure":
+            self.close()
+            raise Lost("the process died (exit code -11)")
+        return ask(self, verb, *arguments, seconds=seconds)
+
+    monkeypatch.setattr(Worker, "ask", lost_once)
+    arguments = ["--dry-run", "--output", str(tmp_path), "--ops", "mlp", "--seconds", "0.01"]
+    assert gpu.main(arguments) == 1
+    rows, _ = report.read_csv(tmp_path)
+    assert rows[0].note == "the case was given up: the process died (exit code -11)"
+    assert rows[1].ms_p50 > 0  # by a new process
+
+
+def test_without_a_gpu_the_gpu_programs_say_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert gpu.main([]) == 2 and tune_kernels.main([]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_the_csv_reads_back_as_it_was_written(tmp_path):
+    rows = [
+        Row("mlp", "B4, N37", "bfloat16", "full", "eager", 1.0, 2.0, 3.0, ratio_p50=0.5, rounds=12),
+        Row("mlp", "B4, N37", "bfloat16", "full", "compiled", note='said "no"'),
+    ]
+    report.write_csv(tmp_path, rows, {"gpu": "none", "commit": "abc"})
+    assert report.read_csv(tmp_path) == (rows, {"gpu": "none", "commit": "abc"})
+
+
+def test_the_tuner_climbs_to_the_best_configuration_and_stops():
+    best = {"BM": 64, "num_stages": 3, "num_warps": 8, "flag": True}
+
+    def cost(config):
+        return 1 + sum(abs(math.log2(config[k] / best[k])) for k in ("BM", "num_stages", "num_warps"))
+
+    def ratio(candidate, incumbent):
+        return math.inf if candidate["BM"] > 256 else cost(candidate) / cost(incumbent)
+
+    start = {"BM": 256, "num_stages": 1, "num_warps": 4, "flag": True}
+    assert tune_kernels.climb(start, ratio, time.monotonic() + 60) == best
+    assert tune_kernels.climb(start, ratio, time.monotonic() - 1) == start
+
+
+def test_the_tuner_stays_within_what_can_be_launched():
+    found = list(tune_kernels.neighbours({"num_warps": 16, "num_stages": 1, "BM": 1}))
+    assert found == [
+        {"num_warps": 8, "num_stages": 1, "BM": 1},
+        {"num_warps": 16, "num_stages": 2, "BM": 1},
+        {"num_warps": 16, "num_stages": 1, "BM": 2},
+    ]
+
+
+def test_the_tuner_serves_candidates_from_memory_and_writes_a_table_that_reads_back(tmp_path):
+    from blipfast.kernels import table
+
+    shipped = dict(table.lookup("mlp", 90, "forward"))
+    candidate = {**shipped, "BM": 64}
+    with tune_kernels.Trial("mlp", 100) as trial:
+        look = lambda: dict(table.lookup("mlp", 100, "forward"))  # noqa: E731
+        assert trial.buckets_of(look) == {"forward"}
+        assert trial.using("forward", candidate, look)() == candidate
+        assert look() == shipped
+        trial.buckets["forward"] = {**candidate, "wins": False}
+        trial.save(tmp_path)
+    assert dict(table.lookup("mlp", 90, "forward")) == shipped
+    written = json.loads((tmp_path / "mlp.json").read_text())
+    assert written["100"]["forward"] == {**candidate, "wins": False}
+    assert written["90"] == json.loads((table.FOLDER / "mlp.json").read_text())["90"]
