@@ -38,7 +38,9 @@ def test_a_pretraining_step_costs_at_most_205_gflop_a_sample(monkeypatch):
         [*range(B), *shifted, *range(B)], [*range(B), *range(B), *shifted], [1] * 12, [True] * 12
     )
     monkeypatch.setattr(model, "matching_pairs", lambda *_: pairs)  # nothing can be drawn without numbers
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device does not know
+    monkeypatch.setattr(
+        torch, "autocast", lambda *_, **__: nullcontext()
+    )  # which the meta device does not know
 
     def step():
         sum(model(image, [CAPTION] * B, 0.4)).backward()

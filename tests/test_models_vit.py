@@ -83,7 +83,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_bf16_attention_on_cpu_is_as_exact_as_plain_torch():
-    from blipfast.models.attention import attention
+    from blipfast.ops.attention import attention
 
     q, k, v = torch.randn(3, 2, 4, 9, 16).unbind()
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)

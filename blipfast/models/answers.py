@@ -64,10 +64,9 @@ def answer_losses(
     device = images.layers[0][0].device
     text = Ragged.of([tree.tokens for tree in trees], device)
     text.rows.position = torch.tensor([d for tree in trees for d in tree.depths], device=device)
-    part = Part(decoder.bert, text)
-    sees = np.stack([tree.sees(text.rows.width) for tree in trees])
-    part.mask = part.last_mask = torch.from_numpy(sees)[:, None].to(device)
-    states = run([part], images)[0]
+    longest = int(text.rows.lengths.max())
+    sees = torch.from_numpy(np.stack([tree.sees(longest) for tree in trees])).to(device)
+    states = run([Part(decoder.bert, text, sees=sees)], images)[0]
 
     offsets = text.rows.first
     edges = [(b, c, offsets[b] + row, token) for b, tree in enumerate(trees) for c, row, token in tree.edges]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .attention import attention
+from blipfast.ops.attention import attention
+
 from .med import BertLMHeadModel
 from .packed import ImageStates
 

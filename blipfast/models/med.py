@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import KeepsAttention, attention
+from blipfast.ops.attention import attention
+from blipfast.ops.layer_norm import dropout_add_layer_norm
+
+from .attention import KeepsAttention
 from .med_config import BertConfig, Output
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each [rows, H, tokens, D / H]
@@ -105,6 +108,12 @@ class BertSelfAttention(KeepsAttention):
         return context.transpose(1, 2).reshape(B, T, D), weights
 
 
+def residual_norm(block: nn.Module, branch: Tensor, residual: Tensor) -> Tensor:
+    """A block's post-norm: LayerNorm(dropout(branch) + residual)."""
+    norm, dropout = block.LayerNorm, block.dropout.p if block.training else 0.0
+    return dropout_add_layer_norm(branch, residual, norm.weight, norm.bias, dropout=dropout, eps=norm.eps)
+
+
 class BertSelfOutput(nn.Module):
     """Projection of the attention's context, dropout, residual, LayerNorm."""
 
@@ -115,7 +124,7 @@ class BertSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
+        return residual_norm(self, self.dense(hidden_states), input_tensor)
 
 
 class BertAttention(nn.Module):
@@ -150,7 +159,7 @@ class BertOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
+        return residual_norm(self, self.dense(hidden_states), input_tensor)
 
 
 class BertLayer(nn.Module):

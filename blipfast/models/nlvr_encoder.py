@@ -32,7 +32,7 @@ class BertSelfOutput(med.BertSelfOutput):
             return super().forward(hidden_states, input_tensor)
         first, second = self.dense0(hidden_states[0]), self.dense1(hidden_states[1])
         states = self.merge_layer(torch.cat([first, second], -1)) if self.merge else (first + second) / 2
-        return self.LayerNorm(self.dropout(states) + input_tensor)
+        return med.residual_norm(self, states, input_tensor)
 
 
 class BertAttention(nn.Module):

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from blipfast.ops.attention import Layout, attention, attention_varlen
+
 from .med import BertEncoder, BertLMHeadModel, BertModel, KeyValue
-from .packing import Ragged, Reads, Rows, cross_attention, self_attention
+from .packing import Ragged, Rows, cross_attention, in_blocks, reads
 
 
 @dataclass
@@ -31,10 +33,10 @@ class ImageStates:
     def __len__(self) -> int:
         return len(self.layers[0][0])
 
-    def pick(self, images: Tensor) -> ImageStates:
-        """Those of some of the images."""
-        layers = [(key[images], value[images]) for key, value in self.layers]
-        return ImageStates(layers, None if self.mask is None else self.mask[images])
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)."""
+        return tuple(self.layers[0][0].shape[:2])
 
 
 def image_states(
@@ -71,34 +73,38 @@ class Part:
     text: Ragged
     causal: bool = False
     kept: tuple[int, int] | None = None
+    sees: Tensor | None = None  # instead of `causal`: which tokens each sees, bool [B, longest, longest]
     last: Rows = field(init=False)
     rows: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.last = self.text.rows
+        self.last, self.layout = self.text.rows, self.text.rows.layout
+        self.last_layout = self.layout
         if self.kept:
             self.last, self.rows = self.text.rows.part(*self.kept)
-        rows = self.text.rows
-        self.mask = rows.attention_mask(rows, self.causal)
-        self.last_mask = rows.attention_mask(self.last, self.causal)
+            self.last_layout = Layout(self.last.lengths, self.text.rows.lengths, device=self.text.rows.device)
 
     def attend(self, i: int, states: Tensor, final: bool) -> Tensor:
         """Layer i's self-attention block over this part's states; of the final layer only the rows that are read."""
-        block, rows = self.model.encoder.layer[i].attention, self.text.rows
-        query_rows, mask = (self.last, self.last_mask) if final else (rows, self.mask)
-        kept = states[self.rows] if final and self.rows is not None else states
+        block, partial = self.model.encoder.layer[i].attention, final and self.rows is not None
+        kept = states[self.rows] if partial else states
         inner = block.self
-        context = self_attention(
-            inner.query(kept),
-            inner.key(states),
-            inner.value(states),
-            query_rows,
-            rows,
-            mask,
-            inner.num_attention_heads,
-            inner.dropout.p if inner.training else 0.0,
+        query, key, value = (
+            in_blocks(linear, x).unflatten(-1, (inner.num_attention_heads, -1))
+            for linear, x in ((inner.query, kept), (inner.key, states), (inner.value, states))
         )
-        return block.output(context, kept)
+        dropout = inner.dropout.p if inner.training else 0.0
+        if self.sees is None:
+            layout = self.last_layout if final else self.layout
+            first = self.kept[0] if partial and self.causal else None
+            context = attention_varlen(
+                query, key, value, layout, causal=self.causal, first=first, dropout=dropout
+            )
+        else:
+            table = (self.text.rows.lay_out(x).transpose(1, 2) for x in (query, key, value))
+            context = attention(*table, self.sees[:, None], dropout).transpose(1, 2)
+            context = self.layout.queries.take_back(context)
+        return in_blocks(block.output, context.flatten(1), kept)
 
 
 def run(
@@ -113,12 +119,12 @@ def run(
     states = [
         model.embeddings(part.text.ids[None], part.text.rows.position[None]).squeeze(0) for part in parts
     ]
-    reads = final_reads = None
+    seen = final_seen = None
     if images is not None:
         image = image or [None] * len(parts)
-        M = len(images if isinstance(images, ImageStates) else images[0])
-        reads = together([part.text.rows for part in parts], image, M)
-        final_reads = together([part.last for part in parts], image, M)
+        shape = (images if isinstance(images, ImageStates) else images[0]).shape
+        seen = together([part.text.rows for part in parts], image, *shape)
+        final_seen = together([part.last for part in parts], image, *shape)
     depth = len(model.encoder.layer)
     recompute = model.encoder.config.gradient_checkpointing and model.training and torch.is_grad_enabled()
     for i, layer in enumerate(model.encoder.layer):
@@ -129,32 +135,32 @@ def run(
             sizes = [len(x) for x in attended]
             x = torch.cat(attended) if len(parts) > 1 else attended[0]
             if images is not None:
-                x = attend_images(layer.crossattention, x, images, i, final_reads if final else reads)
-            return layer.output(layer.intermediate(x), x).split(sizes)
+                x = attend_images(layer.crossattention, x, images, i, final_seen if final else seen)
+            return in_blocks(lambda x: layer.output(layer.intermediate(x), x), x).split(sizes)
 
         states = checkpoint(step, *states, use_reentrant=False) if recompute else step(*states)
     return list(states)
 
 
-def together(rows: list[Rows], image: list[list[int] | None], images: int) -> Reads:
-    """The `Reads` of several parts, one behind the other."""
-    if len(rows) == 1:
-        return Reads(rows[0], image[0], images)
+def together(rows: list[Rows], image: list[list[int] | None], images: int, tokens: int) -> Layout:
+    """Which image each text of several parts, one behind the other, looks at."""
     lengths = [length for part in rows for length in part.lengths]
     each = [range(len(part.lengths)) if of is None else of for part, of in zip(rows, image)]
-    return Reads(Rows(lengths, rows[0].device), [m for of in each for m in of], images)
+    return reads(lengths, [m for of in each for m in of], images, tokens, rows[0].device)
 
 
-def attend_images(block, states: Tensor, images: Images, i: int, reads: Reads) -> Tensor:
+def attend_images(block, states: Tensor, images: Images, i: int, layout: Layout) -> Tensor:
     """A layer's cross-attention block over packed states [T, D]."""
     inners = (block.self,) if isinstance(images, ImageStates) else (block.self0, block.self1)
     contexts = []
     for inner, seen in zip(inners, (images,) if len(inners) == 1 else images):
         dropout = inner.dropout.p if inner.training else 0.0
         keep = inner.keep if inner.save_attention else None
-        query = inner.query(states)
-        contexts.append(cross_attention(query, *seen.layers[i], reads, seen.mask, dropout, keep))
-    return block.output(contexts[0] if len(contexts) == 1 else contexts, states)
+        query = in_blocks(inner.query, states)
+        contexts.append(cross_attention(query, *seen.layers[i], layout, seen.mask, dropout, keep))
+    if len(contexts) == 2:
+        return block.output(contexts, states)
+    return in_blocks(block.output, contexts[0], states)
 
 
 def first_states(
@@ -185,7 +191,7 @@ def language_loss(decoder: BertLMHeadModel, part: Part, states: Tensor, reductio
         raise ValueError("No text has a token after the prompt, so there is nothing to predict.")
     labels = part.text.ids[part.rows + 1]
     losses = F.cross_entropy(
-        decoder.cls(states).float(),
+        in_blocks(decoder.cls, states).float(),
         labels,
         label_smoothing=decoder.config.label_smoothing,
         reduction="mean" if reduction == "mean" else "none",

@@ -1,64 +1,47 @@
 """Texts of different lengths one behind the other, so that no padding is computed.
 
-A batch of B texts with T tokens in all is a tensor of T rows and a `Rows`, which says where each text is in it. `Reads`
-says which image each text looks at. Attention alone needs the texts apart: it lays them out in a padded grid and takes
-them back; everything else in a transformer works row by row. Lengths are known on the host, so nothing waits for a GPU.
+A batch of B texts with T tokens in all is a tensor of T rows and a `Rows`, which says where each text is in it. `reads`
+says which image each text looks at. Attention alone needs the texts apart (`blipfast.ops.attention`); everything else
+in a transformer works row by row. Lengths are known on the host, so nothing waits for a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import attention
+from blipfast.ops.attention import Layout, attention_varlen
+
+BLOCK = 64  # see `in_blocks`
 
 
-class Grid:
-    """T rows, each with a cell in a table of `height` lines and `width` columns."""
-
-    def __init__(self, line: np.ndarray, counts: np.ndarray, device):
-        """line [T]: each row's line; counts [height]: how many rows each has. Rows keep their order in their line."""
-        self.height, self.width = len(counts), int(counts.max(initial=0))
-        starts = np.concatenate([[0], counts.cumsum()[:-1]])
-        order = np.argsort(line, kind="stable")
-        column = np.empty(len(line), np.int64)
-        column[order] = np.arange(len(line)) - starts[line[order]]
-        cell = line * self.width + column
-        self.full = len(line) == self.height * self.width and bool((cell == np.arange(len(line))).all())
-        self.cell = torch.from_numpy(cell).to(device, non_blocking=True)
-
-    def lay_out(self, rows: Tensor, fill: float = 0) -> Tensor:
-        """[T, ...] -> [height, width, ...], `fill` where there is no row."""
-        if not self.full:
-            table = rows.new_full((self.height * self.width, *rows.shape[1:]), fill)
-            rows = table.index_copy(0, self.cell, rows)
-        return rows.view(self.height, self.width, *rows.shape[1:])
-
-    def take_back(self, table: Tensor) -> Tensor:
-        """[height, width, ...] -> [T, ...]."""
-        rows = table.flatten(0, 1)
-        return rows if self.full else rows[self.cell]
-
-
-class Rows(Grid):
-    """Where the tokens of B texts are: text b has lengths[b] consecutive rows. One line of the grid a text."""
+class Rows:
+    """Where the tokens of B texts are: text b has lengths[b] consecutive rows of T."""
 
     def __init__(self, lengths: Sequence[int], device, *, start: int = 0):
         """`start`: the place in its text of a text's first row here (see `part`)."""
-        self.lengths = np.asarray(lengths, np.int64)
+        self.lengths, self.device = np.asarray(lengths, np.int64), device
         self.text = np.repeat(np.arange(len(self.lengths)), self.lengths)  # of each row
-        super().__init__(self.text, self.lengths, device)
         self.first = self.lengths.cumsum() - self.lengths
         place = start + np.arange(len(self.text)) - self.first[self.text]
         self.position = torch.from_numpy(place).to(device, non_blocking=True)
-        self.device = device
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Of each text over itself."""
+        return Layout(self.lengths, device=self.device)
+
+    def lay_out(self, rows: Tensor) -> Tensor:
+        """[T, ...] -> [B, longest, ...], zeros where a text has no token."""
+        return self.layout.queries.lay_out(rows)
 
     def part(self, start: int, end: int) -> tuple[Rows, Tensor]:
         """Of every text the tokens from `start` to before `end`, as of a slice (-1: all but the last).
@@ -70,15 +53,6 @@ class Rows(Grid):
         inside = np.arange(len(part)) - part.first[part.text]
         rows = self.first[part.text] + start + inside
         return part, torch.from_numpy(rows).to(self.device, non_blocking=True)
-
-    def attention_mask(self, queries: Rows, causal: bool) -> Tensor | None:
-        """Which keys (this grid's columns) a query may see: [B, 1, 1 or Tq, Tk] bool; None if all."""
-        if causal:
-            column = torch.arange(self.width, device=self.device)
-            return (column <= queries.lay_out(queries.position)[..., None])[:, None]
-        if self.full:
-            return None
-        return self.lay_out(torch.ones_like(self.position, dtype=torch.bool), False)[:, None, None]
 
 
 class Ragged:
@@ -102,46 +76,35 @@ class Ragged:
         return cls(torch.from_numpy(ids).to(device, non_blocking=True), rows)
 
 
-class Reads(Grid):
-    """Which image each text looks at; the tokens of all texts of one image stand side by side as its queries."""
+def in_blocks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """`function` of tensors [T, D] whose rows do not meet in it.
 
-    def __init__(self, rows: Rows, image: Sequence[int] | None, images: int):
-        """image [B]: each text's; None: text b looks at image b. Raises ValueError for an image that is not there."""
-        B = len(rows.lengths)
-        image = np.arange(B) if image is None else np.asarray(image, np.int64)
-        if len(image) != B or (B and not 0 <= image.min() <= image.max() < images):
-            raise ValueError(f"{B} texts read images {image.tolist()[:8]}...; there are {images} images.")
-        counts = np.bincount(image, weights=rows.lengths, minlength=images).astype(np.int64)
-        super().__init__(image[rows.text], counts, rows.device)
-
-
-def self_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    queries: Rows,
-    keys: Rows,
-    mask: Tensor | None,
-    heads: int,
-    dropout: float,
-) -> Tensor:
-    """Attention of each text over itself: query [Tq, D], key and value [Tk, D] -> [Tq, D].
-
-    mask: `keys.attention_mask(queries, causal)`, made once for all layers.
+    On a CPU in bf16, T is rounded up by rows of zeros: oneDNN compiles a matrix product for every T that it has not
+    seen, which took a quarter of the demo's time and a gigabyte of memory.
     """
+    T = len(rows[0])
+    if rows[0].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return function(*rows)
+    return function(*(F.pad(x, (0, 0, 0, -T % BLOCK)) for x in rows))[:T]
 
-    def split(x: Tensor, grid: Grid) -> Tensor:
-        return grid.lay_out(x).unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    context = attention(split(query, queries), split(key, keys), split(value, keys), mask, dropout)
-    return queries.take_back(context.transpose(1, 2).flatten(2))
+def reads(lengths: Sequence[int], image: Sequence[int], images: int, tokens: int, device) -> Layout:
+    """Which of `images` images, of `tokens` tokens each, the texts of these lengths look at: text b at image[b].
+
+    Raises ValueError for an image that is not there.
+    """
+    image = list(image)
+    if len(image) != len(lengths) or not all(0 <= m < images for m in image):
+        raise ValueError(f"{len(lengths)} texts read images {image[:8]}...; there are {images} images.")
+    index = None if image == list(range(images)) else image
+    return Layout(lengths, [tokens] * images, index, device=device)
 
 
 def cross_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    reads: Reads,
+    layout: Layout,
     mask: Tensor | None,
     dropout: float,
     keep: Callable[[Tensor], None] | None = None,
@@ -150,15 +113,14 @@ def cross_attention(
 
     mask: bool [M, N], the image tokens that count. keep: is given the attention map [M, H, tokens of the image, N].
     """
-    heads = key.shape[2]
-    laid_out = reads.lay_out(query).unflatten(-1, (heads, -1)).transpose(1, 2)
-    key, value = key.transpose(1, 2), value.transpose(1, 2)
-    mask = None if mask is None else mask[:, None, None]
+    query = query.unflatten(-1, key.shape[2:])
     if keep is None:
-        context = attention(laid_out, key, value, mask, dropout)
-    else:
-        scores = laid_out @ key.transpose(-2, -1) / key.shape[-1] ** 0.5
-        weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
-        keep(weights)
-        context = F.dropout(weights, dropout) @ value
-    return reads.take_back(context.transpose(1, 2).flatten(2))
+        return attention_varlen(query, key, value, layout, key_mask=mask, dropout=dropout).flatten(1)
+    laid_out, key, value = (x.transpose(1, 2) for x in (layout.queries.lay_out(query), key, value))
+    scores = laid_out @ key.transpose(-2, -1) / key.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+    weights = scores.softmax(-1)
+    keep(weights)
+    context = F.dropout(weights, dropout) @ value
+    return layout.queries.take_back(context.transpose(1, 2)).flatten(1)

@@ -6,6 +6,7 @@ exact GELU, one class token, learned position embeddings. Shapes: B batch, N tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import KeepsAttention, attention
+from blipfast.ops.attention import attention, attention_qkv
+from blipfast.ops.layer_norm import add_layer_norm
+from blipfast.ops.mlp import mlp
+from blipfast.ops.patch_embed import patch_embed
+
+from .attention import KeepsAttention
 
 
 class Mlp(nn.Module):
@@ -28,6 +34,8 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.act, nn.GELU) and not (self.drop.p and self.training):
+            return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
@@ -60,15 +68,15 @@ class Attention(KeepsAttention):
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         if register_hook:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
             weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
             self.keep(weights)
-            out = self.attn_drop(weights) @ v
+            out = (self.attn_drop(weights) @ v).transpose(1, 2)
         else:
-            drop = self.attn_drop.p if self.training else 0.0
-            out = attention(q, k, v, dropout=drop, scale=self.scale)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(B, N, D)))
+            out = attention_qkv(qkv, self.attn_drop.p if self.training else 0.0, self.scale)
+        return self.proj_drop(self.proj(out.reshape(B, N, D)))
 
 
 class DropPath(nn.Module):
@@ -111,19 +119,15 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
         self.use_grad_checkpointing = use_grad_checkpointing
 
-    def class_row(self, x: Tensor) -> Tensor:
-        """The first row of `forward`, [B, 1, D]."""
-        x = x[:, :1] + self.drop_path(self.attn.class_row(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def run(self, branch: Callable[..., Tensor], *args) -> Tensor:
+        """One of the two branches, recomputed in backward if asked for."""
+        if self.use_grad_checkpointing and self.training:
+            return checkpoint(branch, *args, use_reentrant=False)
+        return branch(*args)
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
-        def run(branch, *args):
-            if self.use_grad_checkpointing and self.training:
-                return checkpoint(branch, *args, use_reentrant=False)
-            return branch(*args)
-
-        x = x + self.drop_path(run(self.attn, self.norm1(x), register_hook))
-        return x + self.drop_path(run(self.mlp, self.norm2(x)))
+        x = x + self.drop_path(self.run(self.attn, self.norm1(x), register_hook))
+        return x + self.drop_path(self.run(self.mlp, self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -135,12 +139,16 @@ class PatchEmbed(nn.Module):
         self.num_patches = (img_size // patch_size) ** 2
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError for pictures of another size."""
         if x.ndim != 4 or x.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(
                 f"The image encoder takes [B, 3, {self.img_size}, {self.img_size}] pictures, got {list(x.shape)}. "
                 f"Resize the pictures, or build the model with another image_size."
             )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
@@ -206,13 +214,25 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, register_blk: int = -1, class_only: bool = False) -> Tensor:
-        x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], 1)
-        x = self.pos_drop(x + self.pos_embed)
-        last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
-            x = block.class_row(x) if class_only and i == last else block(x, register_blk == i)
-        return self.norm(x)
+        self.patch_embed.check(x)
+        proj = self.patch_embed.proj
+        x = self.pos_drop(patch_embed(x, proj.weight, proj.bias, self.cls_token, self.pos_embed))
+        norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)] + [self.norm]
+        h = norms[0](x)
+        for i, block in enumerate(self.blocks):  # each branch is added, and the sum normalised, in one pass
+            if class_only and i == len(self.blocks) - 1:
+                branch, x = block.attn.class_row(h), x[:, :1]
+            else:
+                branch = block.run(block.attn, h, register_blk == i)
+            h, x = add_norm(block.drop_path(branch), x, norms[2 * i + 1])
+            branch = block.run(block.mlp, h)
+            h, x = add_norm(block.drop_path(branch), x, norms[2 * i + 2])
+        return h
+
+
+def add_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """(norm(branch + residual), branch + residual)."""
+    return add_layer_norm(branch, residual, norm.weight, norm.bias, eps=norm.eps)
 
 
 def interpolate_pos_embed(pos_embed_checkpoint: Tensor, visual_encoder: VisionTransformer) -> Tensor:
