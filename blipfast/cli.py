@@ -6,10 +6,21 @@ import argparse
 import os
 import sys
 
-from blipfast.commands import caption, data, doctor, export, match, tokenizer
-from blipfast.commands.common import explain
+from blipfast.commands import (
+    caption,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    explain,
+    features,
+    match,
+    tokenizer,
+    tune,
+)
+from blipfast.commands.common import in_words
 
-VERBS = (caption, match, export, tokenizer, data, doctor)
+VERBS = (caption, match, explain, features, evaluate, tune, data, tokenizer, convert, doctor)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("BLIPFAST_TRACEBACK"):
             raise
-        print(f"blipfast: {explain(error)}", file=sys.stderr)
+        print(f"blipfast: {in_words(error)}", file=sys.stderr)
         return 2
 
 

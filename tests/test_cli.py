@@ -171,23 +171,12 @@ def test_texts_are_scored_against_a_picture(capsys, run_folder, pictures):
     assert [line.split("  ")[-1] for line in out.splitlines()] == ["text", *texts]
 
 
-@pytest.mark.parametrize("name", ["out.pth", "out.safetensors"])
-def test_exported_weights_are_the_runs(capsys, run_folder, tmp_path, name):
-    from blipfast.models.checkpoint import read_state_dict
-
-    assert blipfast(capsys, "export", "--model", run_folder, "--output", tmp_path / name)[0] == 0
-    ours, exported = read_state_dict(run_folder), read_state_dict(tmp_path / name)
-    assert ours.keys() == exported.keys()
-    assert all(torch.equal(ours[key], exported[key]) for key in ours)
-
-
 @pytest.mark.parametrize(
     "args, said",
     [
         (["caption", "--model", "no/such/run", "x.png"], "no/such/run"),
         (["match", "--model", "no/such/run", "x.png", "text"], "no/such/run"),
-        (["export", "--model", "no/such/run", "--output", "x.pth"], "no/such/run"),
-        (["export", "--model", "no/such/run", "--output", "x.bin"], "x.bin"),
+        (["convert", "no/such/run", "--to", "official", "--output", "x.pth"], "no/such/run"),
         (
             ["tokenizer", "train", "none.txt", "--output", "t.json"],
             "none.txt: there is no such caption file.",

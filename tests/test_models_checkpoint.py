@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import http.server
+import shutil
+import socket
+import sys
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +20,18 @@ from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_nlvr import blip_nlvr
 from blipfast.models.blip_pretrain import blip_pretrain
 from blipfast.models.blip_retrieval import blip_retrieval
-from blipfast.models.checkpoint import load_bert, load_checkpoint, load_vit, read_state_dict, save_weights
+from blipfast.models.blip_vqa import blip_vqa
+from blipfast.models.checkpoint import (
+    kind_of,
+    load_bert,
+    load_checkpoint,
+    load_vit,
+    load_weights,
+    read_state_dict,
+    save_weights,
+)
+from blipfast.models.download import download, is_hub_name
+from blipfast.models.huggingface import to_hugging_face
 
 
 @pytest.fixture
@@ -63,16 +84,36 @@ def test_position_ids_may_be_absent(pretrained, small, tmp_path):
 
 
 def test_another_queue_size_is_reported_and_everything_else_loads(pretrained, small, tmp_path):
+    pretrained.queue_ptr[0] = 7
     path = save_weights(pretrained.state_dict(), tmp_path / "w.pth")
-    _, report = load_checkpoint(blip_pretrain(queue_size=12, embed_dim=8, **small), path)
+    model, report = load_checkpoint(
+        blip_pretrain(queue_size=12, embed_dim=8, **small), path, allow_missing=False
+    )
     assert sorted(key.split(":")[0] for key in report.mismatched_keys) == ["image_queue", "text_queue"]
-    assert report.missing_keys == ["image_queue", "text_queue"]
+    assert sorted(report.missing_keys) == ["image_queue", "queue_ptr", "text_queue"]
+    assert model.queue_ptr.item() == 0, "an empty queue is written from its start"
+
+
+def test_another_queue_size_empties_the_ids_of_a_retrieval_queue_too(small):
+    torch.manual_seed(1)
+    donor = blip_retrieval(queue_size=8, embed_dim=8, **small)
+    donor.idx_queue.fill_(5)
+    model = blip_retrieval(queue_size=12, embed_dim=8, **small)
+    load_weights(model, donor.state_dict(), allow_missing=False)
+    assert (model.idx_queue == -100).all() and torch.equal(model.temp, donor.temp)
 
 
 def test_a_model_never_stays_random_in_silence(small, tmp_path):
     path = save_weights(blip_itm(**small).state_dict(), tmp_path / "itm.pth")
-    with pytest.raises(ValueError, match=r"itm.pth: BLIP_Decoder needs 63 tensors .*text_decoder"):
+    said = r"itm.pth: holds an itm model; BLIP_Decoder needs 63 more tensors \(text_decoder 63\)"
+    with pytest.raises(ValueError, match=said):
         blip_decoder(pretrained=str(path), **small)
+    assert blip_decoder(pretrained=str(path), allow_random=["text_decoder"], **small)
+    for build in (blip_vqa, blip_retrieval, blip_nlvr):
+        with pytest.raises(ValueError, match="needs .* more tensors"):
+            build(
+                pretrained=str(save_weights(blip_decoder(**small).state_dict(), tmp_path / "c.pth")), **small
+            )
     with pytest.raises(ValueError, match="none of its 1 tensors fits"):
         load_checkpoint(blip_itm(**small), save_weights({"x": torch.ones(2)}, tmp_path / "x.pth"))
 
@@ -93,8 +134,224 @@ def test_pickled_code_is_never_run(tmp_path):
             return (print, ("run!",))
 
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"evil.pth: its pickle names builtins.print, which is not run"):
         read_state_dict(tmp_path / "evil.pth")
+
+
+def test_settings_pickled_beside_the_weights_are_skipped_without_their_classes(tmp_path, monkeypatch):
+    """argparse and OmegaConf objects, as training scripts store them; OmegaConf need not be installed."""
+    module = types.ModuleType("omegaconf.dictconfig")
+    module.DictConfig = type("DictConfig", (), {"__module__": "omegaconf.dictconfig"})
+    monkeypatch.setitem(sys.modules, "omegaconf", types.ModuleType("omegaconf"))
+    monkeypatch.setitem(sys.modules, "omegaconf.dictconfig", module)
+    config = module.DictConfig()
+    config.__dict__.update(lr=1e-5, _content={"a": [1, 2]})
+    args = argparse.Namespace(lr=1e-5, output=Path("x"), best=np.float64(0.5), names={"a"})
+    content = {"model": {"visual_encoder.x": torch.ones(2)}, "config": config, "args": args, "epoch": 3}
+    torch.save(content, tmp_path / "zip.pth")
+    monkeypatch.delitem(sys.modules, "omegaconf.dictconfig")
+    monkeypatch.delitem(sys.modules, "omegaconf")
+    assert read_state_dict(tmp_path / "zip.pth")["visual_encoder.x"].tolist() == [1, 1]
+    content = {"model": {"visual_encoder.x": torch.ones(2)}, "args": argparse.Namespace(lr=1)}
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_state_dict(tmp_path / "old.pth")["visual_encoder.x"].tolist() == [1, 1]
+
+
+def test_lavis_weights_load_and_momentum_encoders_start_as_copies(pretrained, small, tmp_path):
+    """LAVIS leaves out what has no gradient, and calls the pointer of a retrieval queue queue_ptr."""
+    torch.manual_seed(2)
+    donor = blip_retrieval(queue_size=8, embed_dim=8, **small)
+    donor.idx_queue.fill_(5)
+    donor.ptr_queue[0] = 3
+    state = {key: value for key, value in donor.state_dict().items() if not key.split(".")[0].endswith("_m")}
+    state["queue_ptr"] = state.pop("ptr_queue")
+    path = tmp_path / "checkpoint_best.pth"
+    torch.save(
+        {"model": state, "optimizer": {}, "config": {"run": {"lr": 1e-5}}, "scaler": None, "epoch": 1}, path
+    )
+    model, report = load_checkpoint(
+        blip_retrieval(queue_size=8, embed_dim=8, **small), path, allow_missing=False
+    )
+    assert model.ptr_queue.item() == 3 and model.idx_queue[0, 0] == 5
+    for online, momentum in model.momentum_pairs():
+        assert torch.equal(online, momentum)
+    assert "visual_encoder_m.cls_token" in report.copied_keys and not report.missing_keys
+
+
+@pytest.mark.parametrize(
+    "nest, prefix", [("model", "module."), ("module", ""), ("state_dict", "_orig_mod.module.")]
+)
+def test_wrappers_of_trainers_are_taken_off(pretrained, small, tmp_path, nest, prefix):
+    state = {prefix + key: value for key, value in pretrained.state_dict().items()}
+    torch.save({nest: state}, tmp_path / "w.pth")
+    assert read_state_dict(tmp_path / "w.pth").keys() == pretrained.state_dict().keys()
+
+
+def test_allow_random_takes_parts_patterns_or_everything(small):
+    small["vit"]["width"] = 48  # a decoder that reads pictures and one that reads questions are then alike
+    pretrained = blip_pretrain(queue_size=8, **small)
+    state = {
+        key: value
+        for key, value in pretrained.state_dict().items()
+        if "layer.1.crossattention.self" not in key
+    }
+
+    def load(**options):
+        return load_weights(blip_vqa(**small), state, "w.pth", allow_missing=False, **options)
+
+    before = blip_vqa(**small)
+    kept = {key: value.clone() for key, value in before.state_dict().items()}
+    with pytest.raises(ValueError, match="needs 12 more tensors") as refused:
+        load_weights(before, state, "w.pth", allow_missing=False)
+    assert "model.allow_random: [text_decoder, text_encoder]" in str(refused.value)
+    assert all(torch.equal(value, kept[key]) for key, value in before.state_dict().items()), "left untouched"
+    with pytest.raises(ValueError, match="needs 6 more tensors"):
+        load(allow_random="text_decoder")
+    for allowed in (True, ("text_decoder", "text_encoder"), "*.layer.1.crossattention.self.*"):
+        assert len(load(allow_random=allowed).missing_keys) == 12
+
+
+def test_a_vqa_decoder_of_another_width_is_named_not_left_random_in_silence(small):
+    """As with ViT-L: a pre-trained decoder reads pictures, that of VQA the question."""
+    donor = blip_pretrain(queue_size=8, **small)
+    with pytest.raises(
+        ValueError, match=r"crossattention.self.key.weight: \[48, 32\] there, \[48, 48\] in the model"
+    ):
+        load_weights(blip_vqa(**small), donor.state_dict(), "w.pth", allow_missing=False)
+
+
+def test_the_report_says_everything_once(pretrained, small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("blipfast.models.checkpoint.log.hasHandlers", lambda: False)
+    state = dict(pretrained.state_dict())
+    del state["text_decoder.cls.predictions.transform.dense.weight"]
+    model = blip_decoder(**small | {"image_size": 64})
+    report = load_weights(model, state, "w.pth")
+    out, err = capsys.readouterr()
+    assert out == "" and err == f"{report}\n"
+    lines = err.splitlines()
+    assert lines[0].startswith("w.pth: ") and lines[0].endswith(" tensors loaded")
+    assert lines[1] == "  resized to this picture size: 1 (visual_encoder 1)"
+    assert lines[2] == "  missing, left as initialised: 1 (text_decoder 1)"
+    assert lines[3].startswith("  in the file, not used: ") and "queue_ptr" in lines[3]
+    assert len(lines) == 4
+
+
+def test_what_a_checkpoint_holds_is_told_from_its_keys(pretrained, small):
+    kinds = {
+        "caption": blip_decoder(**small),
+        "features": blip_feature_extractor(**small),
+        "itm": blip_itm(**small),
+        "vqa": blip_vqa(**small),
+        "nlvr": blip_nlvr(**small),
+        "retrieval": blip_retrieval(queue_size=8, **small),
+        "pretrain": pretrained,
+    }
+    assert {kind: kind_of(model.state_dict()) for kind, model in kinds.items()} == {
+        kind: kind for kind in kinds
+    }
+    assert kind_of({"visual.proj": torch.ones(1)}) == ""
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a small web server that serves the folder `web`, and what it was asked for."""
+    (tmp_path / "web").mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "web")
+
+        def log_message(self, *_):
+            asked.append(self.path)
+
+        def end_headers(self):
+            for name in ("Content-Length",) if "short" in self.path else ():
+                self._headers_buffer = [line for line in self._headers_buffer if name.encode() not in line]
+                self.send_header(name, "1000")
+            super().end_headers()
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", asked
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(cache / "torch"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache / "hub"))
+    return cache
+
+
+def test_a_url_is_fetched_once(pretrained, small, tmp_path, server, own_cache):
+    address, asked = server
+    save_weights(pretrained.state_dict(), tmp_path / "web" / "w.pth")
+    for _ in range(2):
+        model = blip_decoder(pretrained=f"{address}/w.pth", **small)
+    assert torch.equal(model.visual_encoder.cls_token, pretrained.visual_encoder.cls_token)
+    assert asked == ["/w.pth"]
+    assert [path.name for path in (own_cache / "torch" / "checkpoints").iterdir()] == ["w.pth"]
+
+
+def test_a_name_on_hugging_face_is_fetched_once_and_found_in_its_cache(
+    pretrained, small, tmp_path, server, own_cache, monkeypatch
+):
+    address, asked = server
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    folder = tmp_path / "web" / "owner" / "blip" / "resolve" / "main"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "vocab.txt").write_text("")
+    state = {to_hugging_face(key): value for key, value in blip_decoder(**small).state_dict().items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    for _ in range(2):
+        assert kind_of(read_state_dict("owner/blip")) == "caption"
+    weights = [path.rsplit("/")[-1] for path in asked].count("pytorch_model.bin")
+    assert weights == 1
+    with pytest.raises(
+        ValueError, match=r"owner/none: no such file or folder here, and no such model on Hugging Face"
+    ):
+        read_state_dict("owner/none")
+    snapshot = own_cache / "hub" / "models--me--mine" / "snapshots" / "abc"
+    shutil.copytree(folder, snapshot)
+    before = len(asked)
+    assert kind_of(read_state_dict("me/mine")) == "caption"
+    assert len(asked) == before
+
+
+def test_a_broken_download_leaves_nothing(tmp_path, server):
+    address, _ = server
+    (tmp_path / "web" / "short.pth").write_bytes(b"x" * 10)
+    (tmp_path / "web" / "w-00000000.pth").write_bytes(b"x" * 10)
+    with pytest.raises(ValueError, match="broke after 10 of 1000 bytes|cannot be reached"):
+        download(f"{address}/short.pth", tmp_path / "to" / "short.pth")
+    with pytest.raises(ValueError, match="its SHA-256 is .*, expected 00000000"):
+        download(f"{address}/w-00000000.pth", tmp_path / "to" / "w-00000000.pth")
+    with pytest.raises(ValueError, match="there is no such file"):
+        download(f"{address}/none.pth", tmp_path / "to" / "none.pth")
+    assert not list((tmp_path / "to").iterdir())
+
+
+def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(ValueError, match="cannot be reached .* fetch the file elsewhere and pass its path"):
+        read_state_dict(f"{address}/w.pth")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(
+        ValueError, match="owner/blip: no such file or folder here. On Hugging Face: .*cannot be reached"
+    ):
+        read_state_dict("owner/blip")
+
+
+def test_only_owner_slash_name_is_looked_up_on_hugging_face():
+    assert is_hub_name("Salesforce/blip-vqa-base")
+    for path in ("runs/emoji/", "a/b/c", "w.pth", "runs/w.pth", "./runs", "../runs", "/tmp"):
+        assert not is_hub_name(path)
 
 
 def test_a_failed_save_leaves_the_old_file(pretrained, tmp_path, monkeypatch):

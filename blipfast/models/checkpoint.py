@@ -1,174 +1,197 @@
-"""Weights in and out: official `.pth`, `.safetensors` and run folders; a report of what fitted and what did not."""
+"""Weights into models: what fits is loaded, the rest is reported, and nothing stays random unless told.
+
+Reading and writing the files is in `weights`; the names below are those that users of official BLIP know.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
+import sys
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
 
+from . import gather
+from .download import is_url
 from .vit import VisionTransformer, interpolate_pos_embed
+from .weights import WEIGHTS, read_state_dict, save_weights
+
+__all__ = [
+    "WEIGHTS",
+    "LoadReport",
+    "is_url",
+    "kind_of",
+    "load_bert",
+    "load_checkpoint",
+    "load_vit",
+    "load_weights",
+    "read_state_dict",
+    "save_weights",
+]
 
 log = logging.getLogger("blipfast")
 
-WEIGHTS = "model.safetensors"  # the weights' file in a run folder
-NOT_WEIGHTS = ("position_ids",)  # buffers that a checkpoint may leave out
+# what a checkpoint may leave out without anything being random: it is counted, filled or constant at the start
+FRESH = ("position_ids", "image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue", "temp")
+QUEUES = ("image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue")
+AllowRandom = bool | str | Iterable[str]
 
 
 class LoadReport(NamedTuple):
-    """What `load_checkpoint` did; `missing_keys` and `unexpected_keys` as torch's `load_state_dict` names them."""
+    """What `load_weights` did; `missing_keys` and `unexpected_keys` as torch's `load_state_dict` names them."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
     mismatched_keys: list[str]  # "key: shape in the file, shape in the model"
     resized_keys: list[str]
     loaded: int
+    source: str = "weights"
+    copied_keys: list[str] = []  # of momentum encoders that the file lacks: copies of the encoders
 
-
-def is_url(url_or_filename: str) -> bool:
-    return urlparse(str(url_or_filename)).scheme in ("http", "https")
-
-
-def read_state_dict(source: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` or `.bin`, `.safetensors`, run folder or URL; under "model", "state_dict", or bare.
-
-    Pickled code is never run (`weights_only=True`). FileNotFoundError or ValueError name the file and the trouble.
-    """
-    if is_url(str(source)):
-        source = download(str(source))
-    path = Path(source)
-    if path.is_dir():
-        path = path / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such checkpoint. Give a .pth or .safetensors file, or a run folder."
-        )
-    try:
-        state = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a readable checkpoint ({error}). Is it truncated or of another kind?"
-        ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ValueError(f"{path}: holds no tensors; found {sorted(map(str, state))[:5]}.")
-    return tensors
-
-
-def read_pickle(path: Path) -> dict:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise ValueError(f"expected a mapping of names to tensors, found {type(state).__name__}")
-    return state
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        state = {key: file.get_tensor(key) for key in file.keys()}
-        tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-    return state | {alias: state[name] for alias, name in tied.items()}
-
-
-def download(url: str) -> Path:
-    """The file behind `url`, kept under torch's hub folder so that it is fetched once."""
-    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(target))
-        except OSError as error:
-            raise ValueError(
-                f"{url}: download failed ({error}). Fetch it by hand and pass the file."
-            ) from error
-    return target
-
-
-def save_weights(state: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Write weights with official keys: `.pth` as {"model": ...}, else safetensors with tied tensors stored once.
-
-    The file appears whole or not at all.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    state = {key: value.detach().cpu() for key, value in state.items()}
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            unique, tied = untie(state)
-            save_file(unique, partial, {"format": "pt", "tied": json.dumps(tied), **(metadata or {})})
-        else:
-            torch.save({"model": state, **(metadata or {})}, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def untie(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that share memory once, and {other name: name stored}."""
-    unique, names, tied = {}, {}, {}
-    for key, value in state.items():
-        identity = (value.data_ptr(), value.shape, value.stride())
-        if value.numel() and identity in names:
-            tied[key] = names[identity]
-        else:
-            names[identity] = key
-            unique[key] = value.contiguous()
-    return unique, tied
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.loaded} tensors loaded"]
+        for title, keys in (
+            ("resized to this picture size", self.resized_keys),
+            ("momentum copies of their encoders", self.copied_keys),
+            ("of another shape, left out", self.mismatched_keys),
+            ("missing, left as initialised", self.missing_keys),
+            ("in the file, not used", self.unexpected_keys),
+        ):
+            if keys:
+                lines.append(f"  {title}: {len(keys)} ({groups(keys)})")
+        return "\n".join(lines)
 
 
 def load_checkpoint(
-    model: nn.Module, url_or_filename: str | Path, allow_missing: bool = True
+    model: nn.Module, url_or_filename: str | Path, allow_missing: bool = True, allow_random: AllowRandom = ()
 ) -> tuple[nn.Module, LoadReport]:
-    """Load official or blipfast weights into `model`; position embeddings are resampled to its picture size.
+    """Load official BLIP, LAVIS, Hugging Face or blipfast weights into `model`, as `load_weights` does.
 
-    Weights whose shape differs are left as they are (official behaviour), but named in the report and the log.
-    With allow_missing=False, ValueError if any weight of the model would stay random.
+    url_or_filename: a .pth, .bin or .safetensors file, a run or Hugging Face folder, a URL, a name on Hugging Face.
     """
-    return model, load_weights(model, read_state_dict(url_or_filename), str(url_or_filename), allow_missing)
+    state = read_state_dict(url_or_filename)
+    return model, load_weights(model, state, str(url_or_filename), allow_missing, allow_random)
 
 
 def load_weights(
-    model: nn.Module, state: dict[str, Tensor], source: str = "weights", allow_missing: bool = True
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str = "weights",
+    allow_missing: bool = True,
+    allow_random: AllowRandom = (),
 ) -> LoadReport:
-    """As `load_checkpoint`, from tensors in memory."""
-    wanted = {key: value.shape for key, value in model.state_dict().items()}
+    """Load tensors with official keys into `model`, print a report, and return it.
+
+    Position embeddings are resampled to the model's picture size (bicubic, as official). Queues of another size start
+    empty. Momentum encoders that are missing start as copies of their encoders.
+    allow_missing: what is missing or of another shape stays as it is (official behaviour). With False only what
+    `allow_random` names may: a part ("text_decoder"), a key, a pattern ("*.crossattention.*"), or True for all;
+    besides the model's own `starts_random`. Raises ValueError, the model untouched, for the rest, and if nothing fits.
+    """
+    wanted = model.state_dict()
     state, resized = resize_positions(model, dict(state))
-    mismatched = [
-        f"{key}: {list(state[key].shape)} in the file, {list(shape)} in the model"
-        for key, shape in wanted.items()
-        if key in state and state[key].shape != shape
-    ]
-    fitting = {key: value for key, value in state.items() if key in wanted and value.shape == wanted[key]}
-    missing = [key for key in wanted if key not in fitting and not key.endswith(NOT_WEIGHTS)]
+    copied = copy_to_momentum(wanted, state)
+    fitting, mismatched = {}, []
+    for key in wanted.keys() & state.keys():
+        if state[key].shape == wanted[key].shape:
+            fitting[key] = state[key]
+        else:
+            mismatched.append(
+                f"{key}: {list(state[key].shape)} there, {list(wanted[key].shape)} in the model"
+            )
+    mismatched.sort()
+    if any(line.startswith(QUEUES) for line in mismatched):
+        fitting = {key: value for key, value in fitting.items() if key not in QUEUES}
+    missing = [key for key in wanted if key not in fitting and not key.endswith("position_ids")]
     unexpected = [key for key in state if key not in wanted]
-    if not fitting:
-        raise ValueError(f"{source}: none of its {len(state)} tensors fits {type(model).__name__}.")
-    if missing and not allow_missing:
-        raise ValueError(
-            f"{source}: {type(model).__name__} needs {len(missing)} tensors that it does not hold in the right "
-            f"shape: {summary(missing)}."
-            + (f" Of another shape: {'; '.join(mismatched[:3])}." if mismatched else "")
-        )
+    name = type(model).__name__
+    if not fitting.keys() - set(QUEUES):
+        raise ValueError(f"{source}: {holding(state)}; none of its {len(state)} tensors fits {name}.")
+    random = [key for key in missing if not key.endswith(FRESH)]
+    if not allow_missing and allow_random is not True:
+        names = [allow_random] if isinstance(allow_random, str) else list(allow_random or ())
+        names += getattr(model, "starts_random", ())
+        if refused := [key for key in random if not any(matches(key, entry) for entry in names)]:
+            raise ValueError(refusal(source, state, name, refused, mismatched))
     model.load_state_dict(fitting, strict=False)
-    report = LoadReport(missing, unexpected, mismatched, resized, len(fitting))
-    log.info(
-        "%s: %d tensors loaded, %d not used, %d resized.", source, len(fitting), len(unexpected), len(resized)
-    )
-    if missing:
-        log.warning("%s: %d tensors stay as initialised: %s", source, len(missing), summary(missing))
+    report = LoadReport(missing, unexpected, mismatched, resized, len(fitting), source, copied)
+    announce(report, warn=bool(random))
     return report
+
+
+def matches(key: str, entry: str) -> bool:
+    """Whether `entry` is this key, a part of the model it lies in, or a pattern for it."""
+    return key == entry or key.startswith(entry + ".") or fnmatch(key, entry)
+
+
+def refusal(source: str, state: dict, name: str, refused: list[str], mismatched: list[str]) -> str:
+    """Why a checkpoint is not loaded, and how to load it anyway."""
+    parts = sorted({key.split(".")[0] for key in refused})
+    shapes = [line for line in mismatched if line.split(":")[0] in refused]
+    reason = f" Of another shape: {'; '.join(shapes[:2])}." if shapes else ""
+    return (
+        f"{source}: {holding(state)}; {name} needs {len(refused)} more tensors ({groups(refused)}).{reason} "
+        f"To start with them random: allow_random={parts!r}; in a config, model.allow_random: [{', '.join(parts)}]."
+    )
+
+
+def announce(report: LoadReport, warn: bool) -> None:
+    """Say it once: to the log where a program set one up, else on stderr; on rank 0."""
+    if gather.rank():
+        return
+    if log.hasHandlers():
+        log.log(logging.WARNING if warn else logging.INFO, "%s", report)
+    else:
+        print(report, file=sys.stderr, flush=True)
+
+
+def kind_of(state: dict[str, Tensor]) -> str:
+    """What model wrote these tensors: pretrain, retrieval, itm, caption, vqa, nlvr, features, or "" for no BLIP."""
+    parts = {key.split(".")[0] for key in state}
+    if "visual_encoder" not in parts or not parts & {"text_encoder", "text_decoder"}:
+        return ""
+    if any(".crossattention.self0." in key for key in state):
+        return "nlvr"
+    if "itm_head" in parts:
+        if "text_decoder" in parts:
+            return "pretrain"
+        return "retrieval" if parts & {"text_encoder_m", "image_queue"} else "itm"
+    if "text_decoder" in parts:
+        return "vqa" if "text_encoder" in parts else "caption"
+    return "features"
+
+
+def holding(state: dict[str, Tensor]) -> str:
+    """What is in a checkpoint, in a few words."""
+    kind = kind_of(state)
+    article = "an" if kind in ("itm", "nlvr") else "a"
+    return f"holds {article} {kind} model" if kind else f"holds no BLIP model (but {groups(state)})"
+
+
+def groups(keys: Iterable[str], most: int = 6) -> str:
+    """Keys counted by the part of the model that they are in: `text_decoder 324, temp`."""
+    counts: dict[str, int] = {}
+    for key in keys:
+        part, dot, _ = key.split(":")[0].partition(".")
+        counts[part] = counts.get(part, 0) + (1 if dot else 0)
+    shown = [f"{part} {count}" if count else part for part, count in counts.items()]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} other parts" if len(shown) > most else "")
+
+
+def copy_to_momentum(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """Give momentum encoders that `state` lacks the encoders' weights (LAVIS never stores them)."""
+    copied = []
+    for key in wanted:
+        part, _, rest = key.partition(".")
+        online = f"{part.removesuffix('_m')}.{rest}"
+        if part.endswith("_m") and key not in state and online in state:
+            state[key] = state[online]
+            copied.append(key)
+    return copied
 
 
 def resize_positions(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -179,16 +202,11 @@ def resize_positions(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[s
             isinstance(encoder, VisionTransformer)
             and key in state
             and state[key].shape != encoder.pos_embed.shape
+            and state[key].shape[-1] == encoder.embed_dim
         ):
-            if state[key].shape[-1] == encoder.embed_dim:
-                state[key] = interpolate_pos_embed(state[key], encoder)
-                resized.append(key)
+            state[key] = interpolate_pos_embed(state[key], encoder)
+            resized.append(key)
     return state, resized
-
-
-def summary(keys: list[str], most: int = 4) -> str:
-    shown = ", ".join(keys[:most])
-    return shown + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def load_vit(encoder: VisionTransformer, source: str) -> None:
@@ -216,6 +234,8 @@ def load_bert(model: nn.Module, source: str) -> None:
                 value = torch.cat([value, own[key][len(value) :]])
             fitted[key] = value
     missing = [key for key in own if "crossattention" not in key and "cls." not in key and key not in fitted]
-    if missing := [key for key in missing if not key.endswith(NOT_WEIGHTS)]:
-        raise ValueError(f"{source}: not BERT weights that fit this text model; missing {summary(missing)}.")
+    if missing := [key for key in missing if not key.endswith("position_ids")]:
+        raise ValueError(
+            f"{source}: not BERT weights that fit this text model; missing {', '.join(missing[:4])}."
+        )
     load_weights(model, fitted, source)

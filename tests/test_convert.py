@@ -1,0 +1,423 @@
+"""Checkpoints to and from others: the same weights bit for bit, and the same answers, in transformers too."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from blipfast.commands import convert as verb
+from blipfast.config import Config, save_config
+from blipfast.models.blip import blip_decoder
+from blipfast.models.blip_itm import blip_itm
+from blipfast.models.blip_nlvr import blip_nlvr
+from blipfast.models.blip_pretrain import blip_pretrain
+from blipfast.models.blip_vqa import blip_vqa
+from blipfast.models.checkpoint import read_state_dict, save_weights
+from blipfast.models.convert import convert
+from blipfast.models.huggingface import hugging_face_state, read_tokenizer, to_hugging_face, to_official
+from blipfast.models.run import load_captioner, load_matcher, load_nlvr, load_vqa
+from blipfast.text import train_tokenizer
+
+from .conftest import BERT, VIT
+
+KEYS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "blip_keys.json.gz").read_bytes()))
+CLASSES = {
+    "decoder": ("BlipForConditionalGeneration", "caption"),
+    "itm": ("BlipForImageTextRetrieval", "retrieval"),
+    "vqa": ("BlipForQuestionAnswering", "vqa"),
+}
+TEXTS = ["a dog on the beach", "two red apples, one green!", "cat"]
+
+
+def scramble(model: nn.Module, seed: int) -> nn.Module:
+    """Weights so large that attention and predictions are far from uniform, and sentences come to an end."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.dim() > 1 else 0.2
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if "norm" in name.lower() and name.endswith("weight"):
+                parameter += 1
+            if name.endswith("predictions.bias"):
+                parameter[102] += 4
+    return model.eval()
+
+
+def write_run(folder: Path, model: nn.Module, **settings) -> Path:
+    """A run folder that holds `model`."""
+    folder.mkdir()
+    config = Config()
+    config.model.vit, config.model.image_size, config.model.embed_dim = dict(VIT), 32, 8
+    config.model.med_config = dict(BERT)
+    config.data.prompt = "a picture of "
+    for name, value in settings.items():
+        setattr(config.model, name, value)
+    save_config(config, folder / "config.yaml")
+    model.tokenizer.save(folder / "tokenizer.json")
+    save_weights(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def pretrain_run(small, tmp_path):
+    model = scramble(blip_pretrain(queue_size=8, embed_dim=8, **small), 0)
+    return write_run(tmp_path / "run", model)
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def without_counters(state: dict) -> dict:
+    return {key: value for key, value in state.items() if not key.endswith("position_ids")}
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_names_go_to_hugging_face_and_back(name):
+    there = [to_hugging_face(key) for key in KEYS[name]]
+    assert len(set(there)) == len(there)
+    assert [to_official(key) for key in there] == list(KEYS[name])
+
+
+@pytest.mark.parametrize("name", ["decoder_base", "decoder_large", "itm_base", "itm_large", "vqa_base"])
+def test_names_and_shapes_are_those_of_the_class_in_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    architecture, task = CLASSES[name.split("_")[0]]
+    state = {key: torch.empty(shape, device="meta") for key, shape in KEYS[name].items()}
+    ours = {to_hugging_face(key): value.shape for key, value in without_counters(state).items()}
+    large = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    size = 480 if task == "vqa" else 384
+    vision = dict(image_size=size, **(large if name.endswith("large") else {}))
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(transformers.BlipConfig(vision_config=vision))
+    assert {key: value.shape for key, value in model.state_dict().items()} == ours
+
+
+def test_vqa_with_a_large_vit_has_no_class_in_transformers_and_is_refused():
+    state = {key: torch.empty(shape, device="meta") for key, shape in KEYS["vqa_large"].items()}
+    with pytest.raises(ValueError, match="no BlipForQuestionAnswering whose image encoder is 1024 wide"):
+        hugging_face_state(state, "vqa")
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("task", ["caption", "retrieval", "vqa"])
+def test_official_to_hugging_face_and_back_is_bitwise_equal(pretrain_run, tmp_path, task):
+    official, folder, again = tmp_path / "a.pth", tmp_path / "hf", tmp_path / "b.pth"
+    convert(pretrain_run, "official", official, task)
+    convert(pretrain_run, "huggingface", folder, task)
+    convert(folder, "official", again)
+    assert same(read_state_dict(official), read_state_dict(again))
+    convert(folder, "safetensors", tmp_path / "c.safetensors")
+    assert same(read_state_dict(official), read_state_dict(tmp_path / "c.safetensors"))
+    assert any(key.endswith("position_ids") for key in torch.load(again, weights_only=True)["model"])
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "a.pth", "b.pth", "c.safetensors", "hf"}
+
+
+def test_outputs_are_equal_after_the_round_trip(pretrain_run, small, images, tmp_path):
+    official = tmp_path / "official.pth"
+    convert(pretrain_run, "official", official)
+    folders = {task: tmp_path / task for task in ("caption", "retrieval", "vqa")}
+    for task, folder in folders.items():
+        convert(pretrain_run, "huggingface", folder, task)
+    with torch.no_grad():
+        captions = blip_decoder(pretrained=str(official), **small).eval().generate(images, max_length=12)
+        assert load_captioner(folders["caption"]).generate(images, max_length=12) == captions
+        assert len(set(captions)) > 1
+        matcher = blip_itm(pretrained=str(official), embed_dim=8, **small).eval()
+        again = load_matcher(folders["retrieval"])
+        for head in ("itm", "itc"):
+            scores = matcher(images[:3], TEXTS, match_head=head)
+            assert_close(again(images[:3], TEXTS, match_head=head), scores, rtol=0, atol=1e-5)
+        assert load_matcher(folders["retrieval"], compat="official").compat == "official"
+
+
+def test_answers_are_equal_after_the_round_trip(small, images, tmp_path):
+    vit = dict(VIT, width=48)  # transformers gives encoder and decoder one width
+    model = scramble(blip_vqa(**small | {"vit": vit}), 1)
+    run = write_run(tmp_path / "run", model, vit=vit)
+    convert(run, "huggingface", tmp_path / "hf")
+    again = load_vqa(tmp_path / "hf")
+    assert same(model.state_dict(), again.state_dict())
+    with torch.no_grad():
+        for how in (
+            {"inference": "generate"},
+            {"inference": "rank", "answer": ["yes", "no", "a dog"], "k_test": 3},
+        ):
+            ours, theirs = (
+                model(images[:3], TEXTS, train=False, **how),
+                again(images[:3], TEXTS, train=False, **how),
+            )
+            assert list(ours) == list(theirs)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_base_size_makes_the_round_trip(images, tmp_path):
+    """All 224 million weights of a captioner in the true format; pictures of 32 pixels, to be quick."""
+    official = save_weights(blip_decoder(vit="base", image_size=32).state_dict(), tmp_path / "model.pth")
+    convert(official, "huggingface", tmp_path / "hf")
+    convert(tmp_path / "hf", "official", tmp_path / "again.pth")
+    first = read_state_dict(official)
+    assert same(first, read_state_dict(tmp_path / "again.pth")) and len(first) == 474
+    captions = load_captioner(official).generate(images, max_length=8, min_length=6)
+    assert load_captioner(tmp_path / "hf").generate(images, max_length=8, min_length=6) == captions
+
+
+# ---- transformers computes the same
+
+
+def test_transformers_captions_token_for_token(pretrain_run, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
+    model, loading = transformers.BlipForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert model.vision_model.post_layernorm.eps == 1e-6 and model.config.text_config.num_attention_heads == 4
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    prompt = tokenizer(["a picture of"] * len(images), return_tensors="pt").input_ids
+    ids = model.eval().generate(
+        pixel_values=images, input_ids=prompt, num_beams=3, max_length=16, min_length=5
+    )
+    theirs = [text[len("a picture of ") :] for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    ours = load_captioner(tmp_path / "hf").generate(
+        images, max_length=16, min_length=5, length_norm="generated"
+    )
+    assert ours == theirs and len(set(ours)) > 1
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
+    assert (settings.num_beams, settings.max_length, settings.eos_token_id) == (3, 20, 102)
+
+
+def test_transformers_matches_equally_with_cls_and_with_enc(pretrain_run, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    convert(pretrain_run, "huggingface", tmp_path / "hf", "retrieval")
+    model = transformers.BlipForImageTextRetrieval.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert (text.input_ids[:, 0] == 101).all()
+    inputs = dict(pixel_values=images[:3], attention_mask=text.attention_mask)
+    official, ours = load_matcher(tmp_path / "hf", compat="official"), load_matcher(tmp_path / "hf")
+    with torch.no_grad():
+        itc = model(input_ids=text.input_ids, use_itm_head=False, **inputs).itm_score
+        assert_close(ours(images[:3], TEXTS, match_head="itc"), itc, rtol=0, atol=1e-5)
+        itm = model(input_ids=text.input_ids, **inputs).itm_score
+        assert_close(official(images[:3], TEXTS, match_head="itm"), itm, rtol=0, atol=2e-5)
+        text.input_ids[:, 0] = tokenizer.convert_tokens_to_ids("[ENC]")
+        itm = model(input_ids=text.input_ids, **inputs).itm_score
+        assert_close(ours(images[:3], TEXTS, match_head="itm"), itm, rtol=0, atol=2e-5)
+
+
+def test_transformers_answers_token_for_token_with_the_folders_own_tokenizer(small, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vit = dict(VIT, width=48)  # transformers gives encoder and decoder one width
+    run = write_run(tmp_path / "run", scramble(blip_vqa(**small | {"vit": vit}), 3), vit=vit)
+    convert(run, "huggingface", tmp_path / "hf")
+    model = transformers.BlipForQuestionAnswering.from_pretrained(tmp_path / "hf").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert (text.input_ids[:, 0] == 30523).all(), "questions begin with [ENC], as official BLIP's"
+    ids = model.generate(
+        input_ids=text.input_ids,
+        attention_mask=text.attention_mask,
+        pixel_values=images[:3],
+        num_beams=3,
+        max_length=10,
+        min_length=1,
+    )
+    theirs = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    ours = load_vqa(tmp_path / "hf")(images[:3], TEXTS, train=False, inference="generate")
+    assert ours == theirs
+
+
+def test_the_processor_prepares_pictures_and_texts_as_official_blip(pretrain_run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    from blipfast.data.transforms import eval_transform
+
+    convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
+    processor = transformers.BlipProcessor.from_pretrained(tmp_path / "hf")
+    noise = torch.randint(0, 256, (50, 70, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(noise.numpy())
+    out = processor(images=picture, text="a dog's tail", return_tensors="pt")
+    assert out.input_ids.tolist() == [[101, 1037, 3899, 1005, 1055, 5725, 102]]
+    assert "token_type_ids" not in out
+    ours = eval_transform(32, exact=True)(picture)
+    assert_close(out.pixel_values[0], ours, rtol=0, atol=0.02)  # their resizing may be torchvision's
+
+
+def test_a_bpe_tokenizer_and_another_size_survive(small, images, tmp_path):
+    tokenizer = train_tokenizer(["a red dog", "a green apple", "a blue car"], 300)
+    model = scramble(blip_itm(embed_dim=8, tokenizer=tokenizer, **small), 4)
+    convert(write_run(tmp_path / "run", model), "huggingface", tmp_path / "hf")
+    again = load_matcher(tmp_path / "hf")
+    assert again.tokenizer("a red dog").input_ids == tokenizer("a red dog").input_ids
+    assert again.tokenizer.enc_token_id == tokenizer.enc_token_id
+    assert_close(again(images[:3], ["a red dog"] * 3), model(images[:3], ["a red dog"] * 3))
+    assert not (tmp_path / "hf" / "vocab.txt").exists()
+
+
+# ---- folders that transformers wrote
+
+
+def test_a_folder_of_transformers_is_read_as_transformers_reads_it(images, tmp_path):
+    """8 heads and eps 1e-5 where config.json leaves them out."""
+    transformers = pytest.importorskip("transformers")
+    text = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=96, max_position_embeddings=64)
+    vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    vision |= dict(patch_size=8, image_size=32)
+    torch.manual_seed(0)
+    config = transformers.BlipConfig(text_config=text, vision_config=vision)
+    theirs = scramble(transformers.BlipForImageTextRetrieval(config), 5)
+    theirs.save_pretrained(tmp_path / "hf")
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["text_config"].pop("num_attention_heads") == 8  # older ones leave defaults out
+    assert written["vision_config"].pop("layer_norm_eps") == 1e-5
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
+    ours = load_matcher(tmp_path / "hf", compat="official")
+    assert ours.text_encoder.config.num_attention_heads == 8 and ours.visual_encoder.norm.eps == 1e-5
+    text = ours.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        itm = theirs(
+            pixel_values=images[:3], input_ids=text.input_ids, attention_mask=text.attention_mask
+        ).itm_score
+        assert_close(ours(images[:3], TEXTS), itm, rtol=0, atol=2e-5)
+    said = convert(tmp_path / "hf", "official", tmp_path / "x.pth")
+    assert "layer_norm_eps 1e-05" in said and "8 text heads" in said
+
+
+def test_an_old_folder_with_a_bin_file_and_plain_berts_tokenizer_loads(pretrain_run, images, tmp_path):
+    folder = tmp_path / "hf"
+    convert(pretrain_run, "huggingface", folder, "caption")
+    captions = load_captioner(folder).generate(images, max_length=10)
+    from safetensors.torch import load_file
+
+    old = load_file(folder / "model.safetensors")
+    old["text_decoder.bert.embeddings.position_ids"] = torch.arange(64)[None]
+    old["text_decoder.cls.predictions.decoder.bias"] = old.pop("text_decoder.cls.predictions.bias")
+    torch.save(old, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.json").unlink()
+    words = (folder / "vocab.txt").read_text().splitlines()
+    (folder / "vocab.txt").write_text("\n".join(words[:30522]) + "\n")
+    assert load_captioner(folder).generate(images, max_length=10) == captions
+    (folder / "vocab.txt").write_text("\n".join(words[:30521][::-1]) + "\n")
+    with pytest.raises(ValueError, match="vocab.txt: not the vocabulary of bert-base-uncased"):
+        load_captioner(folder)
+
+
+def test_a_folder_in_shards_loads_and_a_lost_shard_is_named(pretrain_run, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "hf"
+    convert(pretrain_run, "huggingface", folder, "caption")
+    whole = read_state_dict(folder)
+    state = load_file(folder / "model.safetensors")
+    names = {key: f"part{i % 2}.safetensors" for i, key in enumerate(state)}
+    for part in set(names.values()):
+        save_file({key: state[key] for key in state if names[key] == part}, folder / part)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert same(read_state_dict(folder), whole)
+    (folder / "part1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="part1.safetensors"):
+        read_state_dict(folder)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(pretrain_run, tmp_path):
+    convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
+    with pytest.raises(ValueError, match="30524 tokens, but the model embeds 500"):
+        read_tokenizer(tmp_path / "hf", 500)
+
+
+# ---- NLVR2
+
+
+def test_nlvr_goes_to_official_and_back_but_not_to_hugging_face(small, images, tmp_path):
+    model = scramble(blip_nlvr(**small), 6)
+    run = write_run(tmp_path / "run", model)
+    convert(run, "official", tmp_path / "nlvr.pth")
+    assert same(read_state_dict(tmp_path / "nlvr.pth"), model.state_dict())
+    with torch.no_grad():
+        again = load_nlvr(run)
+        assert_close(again(images, TEXTS[:2], None, train=False), model(images, TEXTS[:2], None, train=False))
+    with pytest.raises(ValueError, match="transformers has no BLIP class for nlvr"):
+        convert(run, "huggingface", tmp_path / "hf")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    "to, name, task, said",
+    [
+        (
+            "huggingface",
+            "hf",
+            None,
+            "holds a pretrain model; say which part: --task caption, retrieval or vqa",
+        ),
+        ("huggingface", "run", "caption", "exists and is not empty"),
+        ("official", "x.safetensors", None, "--to official writes a file ending in .pth"),
+        ("safetensors", "x", None, "--to safetensors writes a file ending in .safetensors"),
+        ("official", "x.pth", "nlvr", "holds a pretrain model, without cls_head"),
+    ],
+)
+def test_what_cannot_be_converted_is_said_and_nothing_is_written(
+    pretrain_run, tmp_path, to, name, task, said
+):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=said):
+        convert(pretrain_run, to, tmp_path / name, task)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_kind_of_model_and_a_truncated_one_are_refused(pretrain_run, tmp_path):
+    clip = save_weights(
+        {"logit_scale": torch.ones(1), "visual.proj": torch.ones(2, 2)}, tmp_path / "clip.pth"
+    )
+    with pytest.raises(ValueError, match=r"clip.pth: holds no BLIP model"):
+        convert(clip, "official", tmp_path / "x.pth")
+    weights = pretrain_run / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors: not a readable checkpoint"):
+        convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "x.pth").exists()
+
+
+def test_a_small_checkpoint_alone_does_not_say_how_many_heads_it_has(pretrain_run, tmp_path):
+    convert(pretrain_run, "official", tmp_path / "small.pth")
+    with pytest.raises(ValueError, match="loaded from its run folder or Hugging Face folder"):
+        convert(tmp_path / "small.pth", "huggingface", tmp_path / "hf", "caption")
+
+
+def test_a_full_disk_leaves_no_half_folder(pretrain_run, tmp_path, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("blipfast.models.huggingface.write_tokenizer", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_verb_converts_and_says_what_it_wrote(pretrain_run, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    verb.add(parser.add_subparsers())
+    output = tmp_path / "hf"
+    args = ["convert", str(pretrain_run), "--to", "huggingface", "--task", "vqa", "--output", str(output)]
+    args = parser.parse_args(args)
+    assert args.run(args) == 0
+    assert "BlipForQuestionAnswering" in capsys.readouterr().out
+    assert "BlipForQuestionAnswering" in (output / "README.md").read_text()
