@@ -32,6 +32,7 @@ class ModelConfig:
     text_grad_ckpt: bool = False
     tokenizer: str = "bert-base-uncased"  # or a tokenizer.json made by `blipfast tokenizer train`
     init_from: str = ""  # a checkpoint to start from (.pth, .safetensors or a run folder)
+    allow_random: list[str] = field(default_factory=list)  # weights that init_from may lack: [text_decoder]
     init_vit: str = ""  # DeiT / timm ViT weights for the image encoder
     init_bert: str = ""  # BERT weights for the text encoder and decoder
 
@@ -82,6 +83,7 @@ class DataConfig:
     background: str = "white"  # what transparent pixels are laid over: white, black, random
     word_dropout: float = 0.0
     word_swap: float = 0.0
+    swap: float = 0.5  # NLVR2: how often the two pictures are exchanged, and the words left and right
     text_hook: str = ""  # "package.module:function", called as function(caption, rng) -> caption
 
 
@@ -124,6 +126,7 @@ class EvaluateConfig:
     """Retrieval and captioning after (and during) training."""
 
     batch_size: int = 64
+    precision: str = "fp32"  # fp32, bf16, fp16, int8 (CPU), auto (bf16 where the hardware is fast at it)
     k_test: int = 128
     num_beams: int = 3
     max_length: int = 20
@@ -132,6 +135,12 @@ class EvaluateConfig:
     repetition_penalty: float = 1.0
     score: str = "itm+itc"  # retrieval reranking: ITM logit + ITC cosine (official), itm or itc alone
     inference: str = "rank"  # VQA: rank the answer list, or generate
+    official_quirks: bool = (
+        False  # NLVR2: swap pictures at random; VQA: generation reads the question's padding
+    )
+    scorer: str = (
+        "blipfast"  # of captions: ours (BLEU, ROUGE-L, CIDEr), or pycocoevalcap (Java; METEOR, SPICE too)
+    )
     frames: int = 8  # of a video
     gallery: int = 60  # pictures shown in the gallery
 
@@ -170,6 +179,7 @@ OFFICIAL_NAMES = {
     "vqa_root": "data.image_root", "vg_root": "data.vg_root", "train_files": "data.train",
     "video_root": "data.image_root",
     "inference": "evaluate.inference", "num_frm_test": "evaluate.frames",
+    "repetition_penalty": "evaluate.repetition_penalty",
     "num_beams": "evaluate.num_beams", "max_length": "evaluate.max_length", "min_length": "evaluate.min_length",
 }  # fmt: skip
 
@@ -181,7 +191,7 @@ def load_config(path: str | Path, overrides: list[str] = []) -> Config:
     Raises ConfigError, naming file, line and setting: file missing, empty or not YAML, unknown or repeated
     settings, wrong types, values out of range.
     """
-    values, origins = _read_yaml(Path(path))
+    values, origins = read_yaml(Path(path))
     for override in overrides:
         _apply_override(values, origins, override)
     return config_from_dict(values, str(path), origins)
@@ -233,7 +243,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's nested values, and for each dotted setting the "file:line" it is written on."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8-sig"))

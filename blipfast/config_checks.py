@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 Report = Callable[[str, str], None]
 
 _CHOICES = {
-    "task": ("pretrain", "caption", "retrieval", "vqa", "nlvr"),
     "loss.duplicates": ("negative", "positive"),
     "data.format": (
         "auto",
@@ -32,9 +31,13 @@ _CHOICES = {
     "train.optimizer": ("adamw", "deepspeed", "apex"),
     "train.schedule": ("step", "cosine", "warmup_cosine"),
     "train.precision": ("fp32", "bf16", "auto"),
+    "evaluate.precision": ("fp32", "bf16", "fp16", "int8", "auto"),
     "evaluate.score": ("itm+itc", "itm", "itc"),
     "evaluate.inference": ("rank", "generate"),
+    "evaluate.scorer": ("blipfast", "pycocoevalcap"),
 }
+
+_TASKS = ("pretrain", "caption", "retrieval", "vqa", "nlvr")
 
 # (lowest, highest, whether the lowest itself is refused): the settings it holds for
 _RANGES = {
@@ -52,8 +55,8 @@ _RANGES = {
         loss.temperature loss.temperature_min loss.temperature_max train.lr train.eps
         evaluate.repetition_penalty""",
     (0, 1, False): """
-        model.momentum loss.alpha loss.label_smoothing loss.mlm_probability data.flip data.word_dropout
-        data.word_swap""",
+        model.momentum loss.alpha loss.label_smoothing loss.mlm_probability data.flip data.swap
+        data.word_dropout data.word_swap""",
     (0, 1, True): "data.min_scale train.lr_decay_rate",
 }
 
@@ -71,6 +74,11 @@ def check(config: Config, report: Report) -> None:
     for name, choices in _CHOICES.items():
         if value_of(name) not in choices:
             report(name, f"{name} is {show(value_of(name))}; expected one of {', '.join(choices)}.")
+    if config.task not in _TASKS and not re.fullmatch(r"[\w.]+:\w+", config.task):
+        message = (
+            f"task is {show(config.task)}; expected one of {', '.join(_TASKS)}, or your own as module:Class."
+        )
+        report("task", message)
     for (low, high, open_below), names in _RANGES.items():
         expected = ("above" if open_below else "at least") + f" {low}"
         expected += f" and at most {high}" if high < math.inf else ""

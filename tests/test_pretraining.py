@@ -98,8 +98,11 @@ def test_a_run_leaves_weights_figures_gallery_and_curves_that_are_usable_at_once
     assert [row["path"] for row in json.loads(capsys.readouterr().out)] == pictures
     assert cli.main(["match", "--model", str(output), "--json", pictures[0], "a cat", "a red apple"]) == 0
     assert "a red apple" in capsys.readouterr().out
+    assert cli.main(["evaluate", "--checkpoint", str(output), "--output", str(output / "again")]) == 0
+    again = json.loads((output / "again" / "metrics.json").read_text())
+    assert all(again[name] == metrics[name] for name in ("txt_r10", "img_r_mean", "caption_exact"))
     exported = output / "weights.pth"
-    assert cli.main(["export", "--model", str(output), "--output", str(exported)]) == 0
+    assert cli.main(["convert", str(output), "--to", "official", "--output", str(exported)]) == 0
     assert exported.stat().st_size > 0
 
 

@@ -31,13 +31,15 @@ class BatchMaker(Dataset, ABC):
     `strong.StrongTransform`; otherwise it is called as transform(image, rng), picture by picture.
     """
 
+    text_key = "caption"  # what `augment_text` changes
+
     def __init__(self, transform: Callable, augment_text: AugmentText | None, seed: int):
         self.transform, self.augment_text, self.seed = transform, augment_text, seed
         self.prepare: Callable[[Tensor], Tensor] = getattr(transform, "prepare", _as_it_is)
 
     @abstractmethod
     def read(self, item: Any) -> dict[str, Any]:
-        """The sample `item`: {"image" (prepared), "caption", "image_id", "index"}. Raises one of BROKEN."""
+        """The sample `item`: "index", "image" (prepared; or a tuple of several), and the rest. Raises one of BROKEN."""
 
     @abstractmethod
     def following(self, item: Any) -> Any:
@@ -48,17 +50,26 @@ class BatchMaker(Dataset, ABC):
         broken: dict[str, str] = {}
         samples = [self._read_or_next(item, broken) for item in items]
         seeds = [sample_seed(self.seed, epoch, sample["index"]) for sample in samples]
-        captions = [sample["caption"] for sample in samples]
-        if self.augment_text:
-            captions = [
-                self.augment_text(text, Random(mix(seed))) for text, seed in zip(captions, seeds, strict=True)
-            ]
+        samples = [self.vary(sample, seed) for sample, seed in zip(samples, seeds, strict=True)]
         return {
-            "image": self._transformed([sample["image"] for sample in samples], seeds),
-            "caption": captions,
-            "image_id": torch.tensor([sample["image_id"] for sample in samples]),
+            "image": self._pictures([sample["image"] for sample in samples], seeds),
+            **self.collate(samples),
             "index": torch.tensor([sample["index"] for sample in samples]),
             "broken": broken,
+        }
+
+    def vary(self, sample: dict[str, Any], seed: int) -> dict[str, Any]:
+        """The sample after the random changes that are not the transform's."""
+        if self.augment_text:
+            text = self.augment_text(sample[self.text_key], Random(mix(seed)))
+            sample = {**sample, self.text_key: text}
+        return sample
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a batch holds beside its pictures."""
+        return {
+            "caption": [sample["caption"] for sample in samples],
+            "image_id": torch.tensor([sample["image_id"] for sample in samples]),
         }
 
     def _read_or_next(self, item: Any, broken: dict[str, str]) -> dict[str, Any]:
@@ -70,6 +81,16 @@ class BatchMaker(Dataset, ABC):
                 item = self.following(item)
         reason = next(iter(broken.values()))
         raise ValueError(f"{len(broken)} samples in a row cannot be read; the first: {reason}")
+
+    def _pictures(self, images: list[Tensor | tuple[Tensor, ...]], seeds: list[int]) -> Tensor:
+        """Pictures [B, 3, S, S]; of samples with two each, all first ones, then all second ones: [2 B, 3, S, S]."""
+        if not isinstance(images[0], tuple):
+            return self._transformed(images, seeds)
+        places = enumerate(zip(*images, strict=True))
+        parts = [
+            self._transformed(list(part), [mix(seed, place) for seed in seeds]) for place, part in places
+        ]
+        return torch.cat(parts)
 
     def _transformed(self, images: list[Tensor], seeds: list[int]) -> Tensor:
         if hasattr(self.transform, "batch"):
@@ -141,7 +162,8 @@ class MicroBatchLoader(ABC):
     def iterate(self, epoch: int, start_step: int = 0) -> Iterator[dict[str, Any]]:
         """Yield this rank's micro-batches of an epoch from an optimizer step on, `accumulation` of them a step.
 
-        {"image": float32 [B, 3, S, S], "caption": list of B strings, "image_id": int64 [B], "index": int64 [B]}.
+        {"image": float32 [B, 3, S, S], "index": int64 [B], and what `BatchMaker.collate` adds: for pairs
+        "caption": list of B strings, "image_id": int64 [B]}.
         Starting in the middle costs nothing: what came before is not read. A broken sample is replaced by the one
         that follows it, noted in `broken`, and named in the log once.
         """

@@ -116,10 +116,10 @@ class CaptionView(PicturesView):
 
 
 def open_retrieval(data: DataConfig, transform: Callable | None = None, split: str = "test") -> RetrievalView:
-    """The retrieval view of a config's `data.test`; equal captions are shared unless the format is Karpathy's."""
+    """The view of a config's `data.val` or `data.test`; equal captions are shared unless the format is Karpathy's."""
     karpathy = data.format in KARPATHY_FILES
     return RetrievalView(
-        data.test,
+        data.val if split == "val" else data.test,
         data.test_image_root or data.image_root,
         transform,
         format=data.format if karpathy else "auto",

@@ -90,13 +90,11 @@ class PairsDataset(Dataset):
         return len(self._captions)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        path = self._paths[i]
-        return {
-            "image": load_image(path),
-            "caption": self.caption(i),
-            "image_id": int(self.image_ids[i]),
-            "path": path,
-        }
+        return {"image": load_image(self._paths[i]), **self.annotation(i)}
+
+    def annotation(self, i: int) -> dict[str, Any]:
+        """Pair `i` without its picture."""
+        return {"caption": self.caption(i), "image_id": int(self.image_ids[i]), "path": self._paths[i]}
 
     def caption(self, i: int) -> str:
         """Caption of pair `i`, cleaned, with the prompt."""

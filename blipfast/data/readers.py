@@ -60,25 +60,37 @@ def read_source(
 
 
 def _read_annotations(path: Path, root: str) -> Iterator[Record]:
-    start = _first_character(path)
+    for line, entry in read_entries(path):
+        yield _record(entry, f"{path}:{line}", root)
+
+
+def read_entries(path: Path, expected: str = _EXPECTED) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each entry of a JSON list, or of a file of JSON lines, as the file streams by.
+
+    expected: the sentence that says what an entry should be. Raises FileNotFoundError, or ValueError naming file and
+    line, for what is missing, empty or not JSON.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file. {expected}.")
+    start = first_character(path, expected)
     if start not in ("[", "{"):
         raise ValueError(f"{path}: expected a JSON list or JSON lines, but the file starts with {start!r}.")
     try:
-        for line, entry in _json_list(path) if start == "[" else _json_lines(path):
-            yield _record(entry, f"{path}:{line}", root)
+        yield from json_list(path, expected) if start == "[" else _json_lines(path, expected)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
 
 
-def _first_character(path: Path) -> str:
+def first_character(path: Path, expected: str = _EXPECTED) -> str:
+    """The first character that counts: "[" of a JSON list, "{" of JSON lines. ValueError for an empty file."""
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head:
-        raise ValueError(f"{path}: the file is empty. {_EXPECTED}.")
+        raise ValueError(f"{path}: the file is empty. {expected}.")
     return head[:1].decode("latin-1")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def _json_lines(path: Path, expected: str) -> Iterator[tuple[int, Any]]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -87,11 +99,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{path}:{number}: not valid JSON ({error.msg}). {_EXPECTED}, one a line."
+                    f"{path}:{number}: not valid JSON ({error.msg}). {expected}, one a line."
                 ) from None
 
 
-def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
+def json_list(path: Path, expected: str = _EXPECTED) -> Iterator[tuple[int, Any]]:
     """Entries of a JSON list with their lines, decoded as the file streams by: the lists of BLIP are gigabytes."""
     decode = json.JSONDecoder().raw_decode
     with path.open(encoding="utf-8-sig") as file:
@@ -110,7 +122,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
                 more = file.read(_CHUNK) if len(text) - position < _LONGEST_ENTRY else ""
                 if not more:
                     why = error.msg if position < len(text) else "the list has no end; is the file truncated?"
-                    raise ValueError(f"{path}:{line}: not valid JSON ({why}). {_EXPECTED}.") from None
+                    raise ValueError(f"{path}:{line}: not valid JSON ({why}). {expected}.") from None
                 text, position, counted = text[position:] + more, 0, 0
                 continue
             yield line, entry
@@ -155,7 +167,7 @@ def _read_folder(folder: Path) -> Iterator[Record]:
             if sidecar is None:
                 bare += 1
                 continue
-            yield Record(os.path.join(directory, name), [_sidecar_text(Path(directory, sidecar))], None)
+            yield Record(os.path.join(directory, name), [sidecar_text(Path(directory, sidecar))], None)
     if pictures == bare:
         what = f"none of its {pictures} pictures has" if pictures else "holds no pictures with"
         raise ValueError(f"{folder}: {what} a caption file (.txt or .caption, same name) beside it.")
@@ -163,7 +175,8 @@ def _read_folder(folder: Path) -> Iterator[Record]:
         logger.warning("%s: %d of %d pictures have no caption file and are left out.", folder, bare, pictures)
 
 
-def _sidecar_text(path: Path) -> str:
+def sidecar_text(path: Path) -> str:
+    """The caption in the text file beside a picture; ValueError if it is empty or not text."""
     try:
         text = " ".join(path.read_text(encoding="utf-8-sig").split())
     except UnicodeDecodeError as error:

@@ -13,28 +13,35 @@ from blipfast.config import Config
 from blipfast.data.karpathy import RetrievalView
 from blipfast.data.transforms import eval_transform
 from blipfast.metrics import ranks, retrieval_metrics
+from blipfast.models import gather
 from blipfast.models.run import load_captioner, load_matcher
+from blipfast.quantize import prepare
 
 from .report import Caption, Gallery, Hit, ImageQuery, TextQuery, sample, write_gallery
 from .scoring import Collection, Scores, chunks
+from .sharing import collect, my_share
 
 HITS = 5  # shown for each query in the gallery
 
 
 @torch.no_grad()
-def evaluate(config: Config, test: RetrievalView, run: Path, device: torch.device) -> dict[str, float]:
-    """Figures of the model in `run` on a test view, and run/gallery.html.
+def evaluate(
+    config: Config, test: RetrievalView, model: Path, output: Path, device: torch.device
+) -> dict[str, float]:
+    """Figures of a pre-trained model (a run folder or a checkpoint) on a view, and output/gallery.html, by all ranks.
 
     Retrieval recall (official names, per cent) after ITM reranking and, as itc_*, before; ITM accuracy on hard pairs
-    beside its prior; per cent of captions equal to a true one. In fp32, whatever precision the run trains in.
+    beside its prior; per cent of captions equal to a true one. In evaluate.precision, whatever the run trains in.
     """
     with torch.autocast(device.type, enabled=False):
-        return _evaluate(config, test, run, device)
+        return _evaluate(config, test, model, output, device)
 
 
-def _evaluate(config: Config, test: RetrievalView, run: Path, device: torch.device) -> dict[str, float]:
+def _evaluate(
+    config: Config, test: RetrievalView, model: Path, output: Path, device: torch.device
+) -> dict[str, float]:
     start, settings = time.time(), config.evaluate
-    matcher = load_matcher(run).to(device)
+    matcher = prepare(load_matcher(model), settings.precision, device)
     transform = eval_transform(matcher.visual_encoder.image_size)
 
     def load(indices: list[int]) -> Tensor:
@@ -49,23 +56,27 @@ def _evaluate(config: Config, test: RetrievalView, run: Path, device: torch.devi
     metrics |= {f"itc_{name}": value for name, value in itc.items()}
     metrics |= {"itm_accuracy": 100 * collection.itm_accuracy(img2txt), "itm_prior": 200 / 3}
 
-    captioner = load_captioner(run, prompt=settings.prompt).to(device)
-    everything = chunks(list(range(len(test))), settings.batch_size)
+    captioner = prepare(load_captioner(model, prompt=settings.prompt), settings.precision, device)
+    share = list(my_share(len(test)))
     stream = captioner.generate_stream(
-        (load(indices).to(device) for indices in everything),
+        (load(indices).to(device) for indices in chunks(share, settings.batch_size)),
         num_beams=settings.num_beams,
         max_length=settings.max_length,
         min_length=settings.min_length,
         repetition_penalty=settings.repetition_penalty,
         batch_size=settings.batch_size,
     )
-    captions = [texts[0] for texts in tqdm(stream, total=len(test), desc="captioning", leave=False)]
+    made = tqdm(stream, total=len(share), desc="captioning", leave=False, disable=gather.rank() > 0)
+    captions = collect({i: texts[0] for i, texts in zip(share, made)}, len(test))
     truths = [[test.text[t] for t in texts] for texts in img2txt]
     exact = sum(caption in truth for caption, truth in zip(captions, truths, strict=True))
     metrics |= {"caption_exact": 100 * exact / len(test), "images": len(test), "texts": len(test.text)}
     metrics["evaluation_seconds"] = time.time() - start
     shown = {name: value for name, value in metrics.items() if not name.startswith("itc_")}
-    write_gallery(run / "gallery.html", gallery(settings.gallery, test, scores, captions, truths, shown))
+    if gather.rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        page = gallery(settings.gallery, test, scores, captions, truths, shown)
+        write_gallery(output / "gallery.html", page)
     return metrics
 
 

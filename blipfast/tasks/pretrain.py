@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from blipfast.config import Config, LossConfig
@@ -19,6 +19,8 @@ from blipfast.text import load_tokenizer
 
 from .curves import plot_curves
 from .evaluation import evaluate
+from .finetune import write_json
+from .sharing import from_main
 
 
 class PretrainModel(BLIP_Pretrain):
@@ -97,18 +99,27 @@ class PretrainTask:
         return self.config.loss.alpha * min(1.0, step / ramp if ramp else 1.0)
 
     def evaluate(self, model: PretrainModel, epoch: int) -> dict[str, float] | None:
-        """Export the weights to the run folder and evaluate them there, on rank 0. None without a test set."""
-        if self.rank:
-            return None
-        run = Path(self.config.output)
-        save_weights(model.state_dict(), run / WEIGHTS)
-        model.tokenizer.save(run / "tokenizer.json")
+        """Export the weights to the run folder and evaluate them there, on all ranks. None without a test set."""
+        run, device = Path(self.config.output), next(model.parameters()).device
+
+        def export() -> None:
+            save_weights(model.state_dict(), run / WEIGHTS)
+            model.tokenizer.save(run / "tokenizer.json")
+
+        from_main(export)
         if self.test is None:
             return None
-        metrics = evaluate(self.config, self.test, run, next(model.parameters()).device)
+        metrics = evaluate(self.config, self.test, run, run, device)
         metrics["seconds"] = time.time() - self.start
-        (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(run / "metrics.json", metrics)
         return metrics
+
+    @classmethod
+    def evaluate_checkpoint(
+        cls, config: Config, checkpoint: Path, split: str, output: Path, device: torch.device
+    ) -> dict[str, float]:
+        """The same figures of any checkpoint, for `blipfast evaluate`."""
+        return evaluate(config, open_retrieval(config.data, split=split), checkpoint, output, device)
 
     def finish(self, model: PretrainModel, metrics: dict[str, float]) -> None:
         """Draw the curves and say where everything is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -22,3 +23,19 @@ def collect(results: dict[int, Any], count: int) -> list[Any]:
         dist.all_gather_object(parts, results)
     merged = {index: result for part in parts for index, result in part.items()}
     return [merged[index] for index in range(count)]
+
+
+def from_main(function: Callable[[], Any]) -> Any:
+    """What `function()` returns on rank 0, on every rank; what it raises there is raised on every rank."""
+    if gather.world_size() == 1:
+        return function()
+    reply: list[Any] = [None, None]
+    if gather.rank() == 0:
+        try:
+            reply[0] = function()
+        except Exception as error:  # no rank may wait for a collective that never comes
+            reply[1] = error
+    dist.broadcast_object_list(reply, 0)
+    if reply[1] is not None:
+        raise reply[1]
+    return reply[0]

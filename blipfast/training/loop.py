@@ -4,8 +4,11 @@
                                       momentum_pairs(), momentum, clamped(), end_step()
     task.loader                       len() optimizer steps an epoch; iterate(epoch, start_step) -> micro-batches
     task.alpha(step, steps_per_epoch) -> float
-    task.evaluate(model, epoch)       -> dict of metrics or None; every rank calls it, with the whole fp32 model
+    task.evaluate(model, epoch)       -> dict of metrics or None; every rank calls it, with the whole fp32 model and
+                                      the number of epochs begun
     task.finish(model, metrics)       once, at the end, on every rank: export, gallery, ...
+    task.begin(epoch)                 optional: before training, with the number of epochs already done
+    task.stop                         optional: true after an evaluation that training should end with
 
 Before micro-batch m of step s on rank r of W, torch's generator is seeded by (seed, s, m * W + r): dropout and sampling
 are functions of the step, and one rank with accumulation 2 computes what two ranks without it compute.
@@ -70,14 +73,18 @@ def _run(config: Config, build: Build, resume: str, overwrite: bool, world: Worl
     learning_rate(config.train, 0, 0, total)  # an unknown schedule is refused now
     facts = _facts(config, world, steps_per_epoch)
 
-    position, notes = Position(), []
+    position, notes, records = Position(), [], []
     if start is not None:
         state = checkpoint.read_state(start)
         notes = checkpoint.check_facts(start, state, facts)
         checkpoint.check_model(start, task.model)
         position = checkpoint.position(state)
         records = read_records(output / "log.jsonl")
-        if position.step >= total and records and records[-1].get("event") == "complete":
+    if hasattr(task, "begin"):
+        task.begin(position.epoch)
+    if start is not None:
+        over = position.step >= total or getattr(task, "stop", False)
+        if over and records and records[-1].get("event") == "complete":
             if world.rank == 0:
                 print(
                     f"{output} is complete ({position.step} steps). To train again: --overwrite or another `output:`"
@@ -92,6 +99,7 @@ def _run(config: Config, build: Build, resume: str, overwrite: bool, world: Worl
     if start is not None:
         checkpoint.load(start, engine, momentum)
     trainer = _Trainer(config, task, engine, momentum, world, facts, total)
+    trainer.take_up(records, position)
     trainer.log = RunLog(output / "log.jsonl", total, position.step)
     trainer.log.say(_summary(config, task, engine, world, steps_per_epoch, total))
     for note in notes:
@@ -196,10 +204,21 @@ class _Trainer:
         self.stop_signal = ""  # the signal that this rank received
         self.stopping = False  # whether any rank received one: agreed on in every step
         self.problem = ""  # why the last save failed
+        self.evaluated: tuple[int, dict[str, Any]] = (
+            -1,
+            {},
+        )  # the step of the last evaluation, and its figures
         self.window: list[dict[str, torch.Tensor]] = []  # outputs since the last record
         self.window_start = time.perf_counter()
 
     # ---- the run
+
+    def take_up(self, records: list[dict[str, Any]], position: Position) -> None:
+        """Remember the evaluation of the weights at `position`, if the log of the resumed run holds it."""
+        for record in records:
+            if record.get("event") == "evaluate" and record["step"] == position.step:
+                figures = {k: v for k, v in record.items() if k not in ("event", "step", "epoch")}
+                self.evaluated = (position.step, figures)
 
     def train(self, position: Position) -> int:
         """Epochs from `position` to the end, then evaluation and the task's finish."""
@@ -212,7 +231,12 @@ class _Trainer:
             why = self.stop_signal or "a signal to another rank"
             self.log.say(f"stopped by {why} after step {position.step} of {self.total}; run again to go on")
             return 1 if self.problem else 0
-        metrics = self._evaluate(position)
+        early = position.step < self.total
+        if early:
+            self.log.say(
+                f"stopped after epoch {position.epoch}: no better weights for a while (train.patience)"
+            )
+        metrics = self.evaluated[1] if early else self._evaluate(position)
         with self.engine.full_model() as model:
             self.task.finish(model, metrics)
         distributed.barrier()
@@ -226,6 +250,10 @@ class _Trainer:
         steps, train = len(self.task.loader), self.config.train
         self.engine.model.train()
         while position.step < self.total and not self.stopping:
+            if self._evaluation_is_due(position):  # by a resumed run, too, that was killed before it
+                self._evaluate(position)
+            if getattr(self.task, "stop", False):
+                break
             epoch = position.epoch
             batches = iter(self.task.loader.iterate(epoch, position.step_in_epoch))
             for step_in_epoch in range(position.step_in_epoch, steps):
@@ -242,10 +270,12 @@ class _Trainer:
                     break
             if position.step_in_epoch == steps:
                 position = Position(position.step, epoch + 1, 0)
-                every = train.evaluate_every
-                if every and (epoch + 1) % every == 0 and position.step < self.total and not self.stopping:
-                    self._evaluate(position)
         return position
+
+    def _evaluation_is_due(self, position: Position) -> bool:
+        every = self.config.train.evaluate_every
+        at_end = position.epoch > 0 and position.step_in_epoch == 0
+        return bool(every) and at_end and position.epoch % every == 0 and self.evaluated[0] != position.step
 
     def _save_is_due(self, position: Position, steps: int) -> bool:
         if self.stopping or position.step >= self.total:
@@ -318,8 +348,9 @@ class _Trainer:
 
     def _evaluate(self, position: Position) -> dict[str, Any]:
         with self.engine.full_model() as model:
-            metrics = self.task.evaluate(model, position.epoch) or {}
+            metrics = self.task.evaluate(model, position.epoch + (position.step_in_epoch > 0)) or {}
         distributed.barrier()
+        self.evaluated = (position.step, metrics)
         if metrics:
             self.log.record({"event": "evaluate", "step": position.step, "epoch": position.epoch, **metrics})
             shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float)))
