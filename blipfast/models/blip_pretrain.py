@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blipfast.ops.contrastive import contrastive_loss
 from blipfast.text import init_tokenizer
 
 from . import gather
 from .blip import text_config
 from .checkpoint import load_bert, load_vit
 from .med import BertLMHeadModel, BertModel
-from .momentum import MomentumModel, contrastive_loss, hard_negatives
+from .momentum import MomentumModel, hard_negatives
 from .packed import ImageStates, Part, all_states, image_states, language_loss, language_part, run
 from .packing import Ragged
 from .vit import create_vit
@@ -108,30 +109,25 @@ class BLIP_Pretrain(MomentumModel):
             keys_i, keys_t, key_id = (gather.concat_all_gather(x) for x in (keys_i, keys_t, key_id))
         own = torch.arange(B, device=device) + (gather.rank() * B if self.negative_all_rank else 0)
         same = F.one_hot(own, len(key_id)).bool()
-        too_early = (self.queued < self.queue_warmup).expand(self.queue_size)
+        positives = {"own": own}
         if self.duplicates == "positive":
             same = same | (caption_id[:, None] == key_id[None])
-            queued = (caption_id[:, None] == self.idx_queue) & ~too_early
-        else:
-            queued = torch.zeros(B, self.queue_size, dtype=torch.bool, device=device)
-        positives = torch.cat([same, queued], 1).float()
-        positives = positives / positives.sum(1, keepdim=True)
-        ignored = F.pad(too_early, (len(key_id), 0)) if self.queue_warmup else None
-        keys_i = torch.cat([keys_i.t(), self.image_queue.float()], 1)
-        keys_t = torch.cat([keys_t.t(), self.text_queue.float()], 1)
+            positives |= {"query_ids": caption_id, "key_ids": key_id, "queue_ids": self.idx_queue[0]}
+        if self.queue_warmup:
+            counts = torch.full_like(self.queued, self.queue_size)
+            positives["queue_length"] = counts * (self.queued >= self.queue_warmup)
         loss_i2t, sim_i2t = contrastive_loss(
-            image_feat, image_feat_m, keys_t, positives, alpha, self.temp, ignored
+            image_feat, image_feat_m, keys_t, self.text_queue, self.temp, alpha, **positives
         )
         loss_t2i, sim_t2i = contrastive_loss(
-            text_feat, text_feat_m, keys_i, positives, alpha, self.temp, ignored
+            text_feat, text_feat_m, keys_i, self.image_queue, self.temp, alpha, **positives
         )
         self.end_forward(image_feat_m, text_feat_m, caption_id)
 
         # ITM and LM, in one pass over the weights they share
-        K = len(key_id)
         with torch.no_grad():
-            text_negative = hard_negatives(sim_i2t[:, :K].softmax(1) + 1e-4, same)
-            image_negative = hard_negatives(sim_t2i[:, :K].softmax(1) + 1e-4, same)
+            text_negative = hard_negatives(sim_i2t.softmax(1) + 1e-4, same)
+            image_negative = hard_negatives(sim_t2i.softmax(1) + 1e-4, same)
         pairs = self.matching_pairs(text_negative, image_negative)
         candidates = texts
         if self.negative_all_rank:

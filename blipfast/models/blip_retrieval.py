@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blipfast.ops.contrastive import contrastive_loss
 from blipfast.text import init_tokenizer
 
 from . import gather
 from .blip import load_complete, text_config
 from .gather import GatherLayer, all_gather_with_grad, concat_all_gather
 from .med import BertModel
-from .momentum import MomentumModel, contrastive_loss, hard_negatives
+from .momentum import MomentumModel, hard_negatives
 from .packed import first_states, image_states
 from .packing import Ragged
 from .vit import create_vit
@@ -75,12 +76,13 @@ class BLIP_Retrieval(MomentumModel):
 
         # ITC
         idx = idx.view(-1).to(device)
-        keys_i = torch.cat([image_feat_m.t(), self.image_queue.float()], 1)
-        keys_t = torch.cat([text_feat_m.t(), self.text_queue.float()], 1)
-        positives = (idx[:, None] == torch.cat([idx, self.idx_queue[0]])[None]).float()
-        positives = positives / positives.sum(1, keepdim=True)
-        loss_i2t, _ = contrastive_loss(image_feat, image_feat_m, keys_t, positives, alpha, self.temp)
-        loss_t2i, _ = contrastive_loss(text_feat, text_feat_m, keys_i, positives, alpha, self.temp)
+        ids = {"query_ids": idx, "key_ids": idx, "queue_ids": self.idx_queue[0]}
+        loss_i2t, _ = contrastive_loss(
+            image_feat, image_feat_m, text_feat_m, self.text_queue, self.temp, alpha, **ids
+        )
+        loss_t2i, _ = contrastive_loss(
+            text_feat, text_feat_m, image_feat_m, self.image_queue, self.temp, alpha, **ids
+        )
         self.end_forward(image_feat_m, text_feat_m, idx)
 
         # ITM

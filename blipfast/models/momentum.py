@@ -181,37 +181,6 @@ class MomentumModel(nn.Module):
         self.queued += len(idx)
 
 
-def contrastive_loss(
-    query: Tensor,
-    teacher: Tensor,
-    keys: Tensor,
-    positives: Tensor,
-    alpha: float,
-    temp: Tensor,
-    ignored: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """ITC in one direction, and its similarities [B, K].
-
-    query, teacher: online and momentum features [B, E]; keys: momentum features of the other side [E, K];
-    positives: targets [B, K] whose rows sum to one; ignored: keys that do not count, [K] bool. Soft targets are
-    alpha * softmax(teacher @ keys / temp) + (1 - alpha) * positives. All in fp32, whatever autocast says.
-    Source: BLIP section 3.2, official forward.
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        temp = temp.float()
-
-        def similarity(features: Tensor) -> Tensor:
-            sim = features.float() @ keys / temp
-            return sim if ignored is None else sim.masked_fill(ignored, -1e9)
-
-        sim = similarity(query)
-        with torch.no_grad():
-            targets = (1 - alpha) * positives
-            if alpha > 0:
-                targets = targets + alpha * similarity(teacher).softmax(1)
-        return -(sim.log_softmax(1) * targets).sum(1).mean(), sim
-
-
 def sample_negatives(weights: Tensor) -> Tensor:
     """One column a row of `weights` [B, K] >= 0, drawn in proportion, in one call on the device: [B] int64."""
     return torch.multinomial(weights, 1).squeeze(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from blipfast.ops.attention import Layout, attention, attention_varlen
+from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 
 from .med import BertEncoder, BertLMHeadModel, BertModel, KeyValue
 from .packing import Ragged, Rows, cross_attention, in_blocks, reads
@@ -190,10 +191,14 @@ def language_loss(decoder: BertLMHeadModel, part: Part, states: Tensor, reductio
     if not len(part.last):
         raise ValueError("No text has a token after the prompt, so there is nothing to predict.")
     labels = part.text.ids[part.rows + 1]
-    losses = F.cross_entropy(
-        in_blocks(decoder.cls, states).float(),
+    head = decoder.cls.predictions
+    hidden = in_blocks(head.transform, states)
+    losses = linear_cross_entropy(
+        hidden,
+        head.decoder.weight,
+        head.decoder.bias,
         labels,
         label_smoothing=decoder.config.label_smoothing,
-        reduction="mean" if reduction == "mean" else "none",
+        reduction=reduction,
     )
     return losses if reduction == "mean" else part.last.lay_out(losses).sum(1)
