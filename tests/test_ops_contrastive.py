@@ -160,6 +160,23 @@ def test_the_queue_may_be_overwritten_before_backward(backend):
     assert relative(query.grad, want) < 5e-4
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_alone_is_the_same(backend, alpha):
+    data, form = inputs(), positives("ids")
+    with backends.use(contrastive=backend):
+        alone, sim = contrastive_loss(**data, alpha=alpha, **form)
+        loss, want_sim, _, _ = differentiate(contrastive_loss, data, alpha, form)
+    assert abs(alone - loss) < 1e-6 and torch.equal(sim, want_sim) and not alone.requires_grad
+
+
+def test_nothing_of_the_size_of_the_queue_is_made():
+    data, form = inputs(Q=4000), positives("ids", Q=4000)
+    with torch.profiler.profile(profile_memory=True) as profile, backends.use(contrastive="torch"):
+        differentiate(contrastive_loss, data, 0.4, form)
+    assert 0 < max(event.self_cpu_memory_usage for event in profile.events()) < 4 * B * 4000 / 10
+
+
 def test_non_contiguous_inputs_are_read_right():
     data, form = inputs(), positives("ids")
     scattered = {name: torch.stack([x, x], -1)[..., 0] for name, x in data.items()}

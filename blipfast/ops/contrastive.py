@@ -179,7 +179,10 @@ def _torch(
     q = query.float() / temp
     rows = q if teacher is None else torch.cat([q, teacher.float() / temp])  # one product for both
     top = rows.new_full((len(rows),), -torch.inf)
-    total, weighted = torch.zeros_like(top), torch.zeros_like(rows)
+    expecting = (
+        0 if gradient else B
+    )  # from which row on the keys are summed: the loss alone asks for the teacher's
+    total, weighted = torch.zeros_like(top), torch.zeros_like(rows[expecting:])
     sim = q.new_empty(B, len(keys))
     positive_keys, positives = q.new_zeros(B, E), q.new_zeros(B)
     for start, k, row, column in _chunks(rows, keys, queue, own, query_ids, key_ids, queue_ids, queue_length):
@@ -194,16 +197,17 @@ def _torch(
         old = (top - new).exp_()
         top = new
         total.mul_(old).add_(x.sum(1))
-        weighted.mul_(old[:, None]).addmm_(x, k.t())
+        weighted.mul_(old[expecting:, None]).addmm_(x[expecting:], k.t())
     lse = top[:B] + total[:B].log()
-    expected = weighted.div_(total[:, None])
+    expected = weighted.div_(total[expecting:, None])
     target = positive_keys * ((1 - alpha) / positives)[:, None]
     if teacher is not None:
-        target = target.add_(expected[B:], alpha=alpha)
+        target = target.add_(expected[-B:], alpha=alpha)
     loss = (lse - (q * target).sum(1)).mean()
+    if not gradient:
+        return loss, sim, q.new_empty(0, E), q.new_zeros(())
     dquery = (expected[:B] - target) / (temp * B)
-    dtemp = -(q * dquery).sum()
-    return loss, sim, dquery if gradient else q.new_empty(0, E), dtemp
+    return loss, sim, dquery, -(q * dquery).sum()
 
 
 def _chunks(
