@@ -95,8 +95,9 @@ class TrainConfig:
     max_steps: int = 0  # stop after this many optimizer steps; 0: run all epochs
     batch_size: int = 75  # per rank and micro-batch
     accumulation: int = 1
-    optimizer: str = "adamw"  # adamw (torch, fused), deepspeed, apex
+    optimizer: str = "adamw"  # adamw (torch, fused), deepspeed, apex, muon (small models from random weights)
     lr: float = 3.0e-4
+    muon_lr: float = 0.01  # what muon takes in place of lr for the matrices of layers; same schedule
     min_lr: float = 1.0e-6
     warmup_lr: float = 1.0e-6
     warmup_steps: int = 3000

@@ -28,7 +28,7 @@ _CHOICES = {
     ),
     "data.randaugment": ("official", "strong", "none"),
     "data.background": ("white", "black", "random"),
-    "train.optimizer": ("adamw", "deepspeed", "apex"),
+    "train.optimizer": ("adamw", "deepspeed", "apex", "muon"),
     "train.schedule": ("step", "cosine", "warmup_cosine"),
     "train.precision": ("fp32", "bf16", "auto"),
     "evaluate.precision": ("fp32", "bf16", "fp16", "int8", "auto"),
@@ -52,7 +52,7 @@ _RANGES = {
         train.warmup_steps train.weight_decay train.grad_clip train.save_every train.evaluate_every
         train.patience evaluate.min_length evaluate.gallery""",
     (0, math.inf, True): """
-        loss.temperature loss.temperature_min loss.temperature_max train.lr train.eps
+        loss.temperature loss.temperature_min loss.temperature_max train.lr train.muon_lr train.eps
         evaluate.repetition_penalty""",
     (0, 1, False): """
         model.momentum loss.alpha loss.label_smoothing loss.mlm_probability data.flip data.swap

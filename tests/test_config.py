@@ -154,7 +154,7 @@ def test_a_wrong_type_names_setting_value_and_expected_type(write, text, said):
     [
         ("task: dance", "task is 'dance'; expected one of pretrain"),
         ("train: {schedule: linear}", "expected one of step, cosine, warmup_cosine"),
-        ("train: {optimizer: sgd}", "expected one of adamw, deepspeed, apex"),
+        ("train: {optimizer: sgd}", "expected one of adamw, deepspeed, apex, muon"),
         ("train: {precision: fp8}", "expected one of fp32, bf16"),
         ("data: {randaugment: weak}", "expected one of official, strong, none"),
         ("train: {batch_size: 0}", "train.batch_size is 0; expected at least 1."),

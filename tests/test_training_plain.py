@@ -136,12 +136,12 @@ def test_momentum_encoders_follow_optimizer_steps_not_micro_batches(tmp_path):
     class Task(toy_run.ToyTask):
         def __init__(self, *args):
             super().__init__(*args)
-            averages.append(self.model.body_m[0].weight.clone())
+            averages.append(self.model.blocks_m[0].weight.clone())
             self.model.end_step = self.after_step
 
         def after_step(self):
-            online.append(self.model.body[0].weight.detach().clone())
-            averages.append(self.model.body_m[0].weight.clone())
+            online.append(self.model.blocks[0].weight.detach().clone())
+            averages.append(self.model.blocks_m[0].weight.clone())
 
     train(tmp_path, build=Task)
     assert len(online) == 6
@@ -266,7 +266,7 @@ def test_if_every_checkpoint_is_damaged_nothing_starts(finished):
 
 def test_a_checkpoint_of_another_shape_is_refused_by_tensor_name(finished, monkeypatch):
     monkeypatch.setenv("TOY_WIDTH", "17")
-    message = r"weight.safetensors is of another model: body.0.weight is \(41, 15\) there, \(41, 17\) here"
+    message = r"weight.safetensors is of another model: blocks.0.weight is \(41, 15\) there, \(41, 17\) here"
     with pytest.raises(CheckpointError, match=message):
         train(finished, "train.max_steps=8")
     assert len(losses(finished)) == 6

@@ -29,17 +29,17 @@ class ToyModel(nn.Module):
     def __init__(self, dropout: float, width: int = WIDTH):
         super().__init__()
         self.embed = nn.Embedding(WORDS, width)
-        self.body = nn.Sequential(nn.Linear(width, 41), nn.GELU(), nn.Dropout(dropout), nn.Linear(41, width))
+        self.blocks = nn.Sequential(nn.Linear(width, 41), nn.GELU(), nn.Dropout(dropout), nn.Linear(41, width))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, WORDS)
         self.head.weight = self.embed.weight  # tied, as BLIP's decoder
         self.unused = nn.Linear(3, 1)
         self.frozen = nn.Linear(width, width).requires_grad_(False)
-        self.body_m = nn.Sequential(nn.Linear(width, 41), nn.GELU(), nn.Linear(41, width)).requires_grad_(
+        self.blocks_m = nn.Sequential(nn.Linear(width, 41), nn.GELU(), nn.Linear(41, width)).requires_grad_(
             False
         )
         self.temp = nn.Parameter(torch.tensor(0.07))
-        for (_, average), (_, online) in zip(self.body_m.named_parameters(), self.body.named_parameters()):
+        for (_, average), (_, online) in zip(self.blocks_m.named_parameters(), self.blocks.named_parameters()):
             average.data.copy_(online.data)
         generator = torch.Generator().manual_seed(3)
         self.register_buffer("queue", torch.randn(QUEUE, width, generator=generator))
@@ -47,16 +47,16 @@ class ToyModel(nn.Module):
         self.keys: list[torch.Tensor] = []
 
     def momentum_pairs(self):
-        return list(zip(self.body.parameters(), self.body_m.parameters()))
+        return list(zip(self.blocks.parameters(), self.blocks_m.parameters()))
 
     def clamped(self):
         return [(self.temp, 0.068, 0.0705)]
 
     def forward(self, batch, *, alpha):
         x = self.embed(batch["index"] % WORDS)
-        features = self.norm(self.body(x) + self.frozen(x))
+        features = self.norm(self.blocks(x) + self.frozen(x))
         with torch.no_grad():
-            key = self.norm(self.body_m(x))
+            key = self.norm(self.blocks_m(x))
             self.keys.append(key)
         logits = features @ torch.cat([key, self.queue.to(key.dtype)]).T * 0.1 / self.temp
         contrast = nn.functional.cross_entropy(logits.float(), torch.arange(len(x), device=x.device))
@@ -126,7 +126,7 @@ class ToyTask:
             "the whole model, in evaluation mode"
         )
         index = torch.arange(4 + self.rank)  # ranks may do different work here
-        total = model.head(model.norm(model.body(model.embed(index)))).double().abs().sum()
+        total = model.head(model.norm(model.blocks(model.embed(index)))).double().abs().sum()
         assert model.head.weight is model.embed.weight
         whole = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
         return {"whole": whole, "finite": float(total.isfinite())}

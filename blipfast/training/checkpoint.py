@@ -2,8 +2,8 @@
 
     output/checkpoints/step_0001234/
         weight.safetensors       every parameter by name, fp32 masters; momentum encoders included
-        exp_avg.safetensors      Adam's moments of the trained parameters, fp32
-        exp_avg_sq.safetensors
+        exp_avg.safetensors      the optimizer's moments of the trained parameters, fp32
+        exp_avg_sq.safetensors   (of matrices under Muon, the first only)
         buffers.safetensors      queues and their pointers, in their own dtypes
         state.json               step, position in the data, settings, versions, and the size of each file above
 
@@ -94,7 +94,7 @@ def _collect(file: str, engine: Engine, momentum: MomentumEncoders) -> dict[str,
     if file == "buffers":
         return {name: _to_cpu(buffer) for name, buffer in engine.model.named_buffers()} if keep else {}
     for name, p in engine.model.named_parameters():
-        if file != WEIGHT and not p.requires_grad:
+        if file != WEIGHT and name not in engine.states[file]:
             continue
         master = momentum.master(p)
         full = engine.gather(p, master) if master is not None else engine.read(p, file)
@@ -216,14 +216,15 @@ def position(state: dict[str, Any]) -> Position:
     return Position(state["step"], state["epoch"], state["step_in_epoch"])
 
 
-def check_model(path: Path, model: nn.Module) -> None:
+def check_model(path: Path, model: nn.Module, states: dict[str, set[str]] | None = None) -> None:
     """Compare a checkpoint's names and shapes with a model not yet given to an engine.
 
+    states: the optimizer's, as `optimizer.state_names` gives them; None: they are not needed.
     Raises CheckpointError naming the first tensors that differ. Reads headers only, so it costs no training time.
     """
     parameters = dict(model.named_parameters())
     expected = {WEIGHT: parameters, "buffers": dict(model.named_buffers())}
-    expected |= {key: {name: p for name, p in parameters.items() if p.requires_grad} for key in STATES}
+    expected |= {key: {name: parameters[name] for name in names} for key, names in (states or {}).items()}
     for file, tensors in expected.items():
         with _open(path / f"{file}.safetensors") as stored:
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}
@@ -296,6 +297,12 @@ def check_facts(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> list[
             f"{path} was trained with a global batch of {saved['global_batch']} (batch_size * accumulation * "
             f"ranks), now it is {now['global_batch']}. Choose train.batch_size and train.accumulation so that the "
             "product is the same"
+        )
+    makers = [facts["config"]["train"]["optimizer"] for facts in (saved, now)]
+    if makers[0] != makers[1] and "muon" in makers:
+        raise CheckpointError(
+            f"{path} holds the state of train.optimizer={makers[0]}, which {makers[1]} cannot take over. Keep the "
+            f"optimizer, or start from the weights alone: model.init_from={path}"
         )
     notes = []
     if saved["steps_per_epoch"] != now["steps_per_epoch"]:

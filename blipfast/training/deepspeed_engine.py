@@ -27,7 +27,7 @@ from ..config import Config
 from . import distributed
 from .distributed import World
 from .engine import WEIGHT, AutocastModule, Engine, use_bf16
-from .optimizer import build_optimizer, init_state, set_step
+from .optimizer import build_optimizer, init_state, set_step, state_names
 
 REFUSED = {  # settings of DeepSpeed that change what this engine relies on, and what to do instead
     "optimizer": "use train.optimizer, train.lr, train.betas, train.weight_decay",
@@ -74,6 +74,11 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     zero = ds.setdefault("zero_optimization", {})
     if ds.get("bf16", {}).get("enabled") and not zero.get("stage"):
         zero["stage"] = 1
+    if train.optimizer == "muon" and zero.get("stage"):
+        raise ValueError(
+            f"train.optimizer=muon needs whole matrices, which ZeRO-{zero['stage']} cuts (bf16 weights imply stage 1). "
+            "Set deepspeed.zero_optimization.stage=0 with train.precision=bf16, or train.optimizer=adamw"
+        )
     if not zero.get("stage"):
         ds["gradient_clipping"] = 0.0  # DeepSpeed's own clipping fails on scalars there: the engine does it
     return ds
@@ -140,6 +145,7 @@ class DeepSpeedEngine(Engine):
             model, self.bf16 or use_bf16(config.train.precision, world.device), world.device
         )
         offload = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+        self.states = state_names(config.train, model)
         optimizer = build_optimizer(config.train, model.to(world.device), world.device, offload)
         with _scalars_viewable():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -13,7 +13,7 @@ from torch import nn
 from ..config import Config
 from ..precision import fast_bf16
 from .distributed import World
-from .optimizer import build_optimizer, init_state, set_step
+from .optimizer import build_optimizer, init_state, set_step, state_names
 
 WEIGHT = "weight"  # beside optimizer.STATES: which tensor of a parameter `read` and `write` mean
 
@@ -57,6 +57,7 @@ class Engine:
         self.model = model.to(world.device)
         self.device = world.device
         self.module = AutocastModule(self.model, use_bf16(config.train.precision, world.device), world.device)
+        self.states = state_names(config.train, model)
         self.optimizer = build_optimizer(config.train, self.model, world.device)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         init_state(self.optimizer, self.trained)
@@ -94,7 +95,7 @@ class Engine:
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
     @torch.no_grad()
     def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
@@ -121,7 +122,10 @@ class Engine:
     # ---- full fp32 state of a parameter, for checkpoints and evaluation
 
     def read(self, parameter: nn.Parameter, key: str) -> torch.Tensor:
-        """The whole fp32 master weight, `exp_avg` or `exp_avg_sq` of a parameter, on every rank. Collective."""
+        """The whole fp32 master weight, `exp_avg` or `exp_avg_sq` of a parameter, on every rank. Collective.
+
+        `self.states` names the parameters for which the optimizer keeps each of the latter two.
+        """
         return parameter.data.float() if key == WEIGHT else self.optimizer.state[parameter][key]
 
     def write(self, parameter: nn.Parameter, key: str, full: torch.Tensor) -> None:

@@ -35,6 +35,7 @@ from .ema import MomentumEncoders
 from .engine import Engine
 from .errors import NotFinite, TrainingError
 from .log import RunLog, read_records, rewind
+from .optimizer import state_names
 from .schedule import learning_rate
 
 Build = Callable[[Config, int, int], Any]  # (config, rank, world_size) -> task, its model on the CPU
@@ -77,7 +78,7 @@ def _run(config: Config, build: Build, resume: str, overwrite: bool, world: Worl
     if start is not None:
         state = checkpoint.read_state(start)
         notes = checkpoint.check_facts(start, state, facts)
-        checkpoint.check_model(start, task.model)
+        checkpoint.check_model(start, task.model, state_names(config.train, task.model))
         position = checkpoint.position(state)
         records = read_records(output / "log.jsonl")
     if hasattr(task, "begin"):

@@ -1,4 +1,4 @@
-"""AdamW, from three makers by config: torch (fused), DeepSpeed, NVIDIA apex."""
+"""AdamW, from three makers by config (torch, DeepSpeed, NVIDIA apex), and Muon with it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from torch import nn
 
 from ..config import TrainConfig
 from .errors import TrainingError
+from .muon import Muon, matrices
 
-STATES = ("exp_avg", "exp_avg_sq")  # the two Adam moments, called so by all three makers
+STATES = ("exp_avg", "exp_avg_sq")  # the two Adam moments, called so by all makers; Muon keeps the first only
 
 
 def build_optimizer(train: TrainConfig, model: nn.Module, device: torch.device, offload: bool = False):
-    """AdamW over the trained parameters of `model`, by `train.optimizer`.
+    """The optimizer of the trained parameters of `model`, by `train.optimizer`.
 
     adamw      torch.optim.AdamW(fused=True)
     deepspeed  FusedAdam on CUDA; DeepSpeedCPUAdam on CPU and with optimizer offload. Compiled at first use.
     apex       NVIDIA apex's FusedAdam, built from source with its CUDA extensions
+    muon       Muon for the matrices of transformer layers, with `train.muon_lr`; the rest as adamw
 
     Raises ValueError for an unknown name, TrainingError saying what to install when a maker is absent.
     """
@@ -31,7 +33,11 @@ def build_optimizer(train: TrainConfig, model: nn.Module, device: torch.device, 
         return _deepspeed_adam(device, offload)(groups, **settings)
     if train.optimizer == "apex":
         return _apex_adam(device)(groups, adam_w_mode=True, **settings)
-    raise ValueError(f"train.optimizer: {train.optimizer!r} is not known. Choose adamw, deepspeed or apex")
+    if train.optimizer == "muon":
+        return _muon(train, model, groups, settings)
+    raise ValueError(
+        f"train.optimizer: {train.optimizer!r} is not known. Choose adamw, deepspeed, apex or muon"
+    )
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> list[dict[str, Any]]:
@@ -43,6 +49,25 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_all: bool) -> 
     others = [p for p in trained if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _muon(train: TrainConfig, model: nn.Module, groups: list[dict[str, Any]], settings: dict[str, Any]):
+    chosen = list(matrices(model).values())
+    if not chosen:
+        raise TrainingError("train.optimizer=muon: this model has no transformer layers. Use adamw")
+    ids = {id(p) for p in chosen}
+    for group in groups:
+        group |= {"params": [p for p in group["params"] if id(p) not in ids], "muon": False}
+    ratio = train.muon_lr / train.lr
+    hidden = {"params": chosen, "weight_decay": train.weight_decay, "muon": True, "lr_ratio": ratio}
+    return Muon([hidden, *groups], **settings)
+
+
+def state_names(train: TrainConfig, model: nn.Module) -> dict[str, set[str]]:
+    """For each of STATES, the names of the parameters for which the optimizer keeps it."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    first_only = set(matrices(model)) if train.optimizer == "muon" else set()
+    return {"exp_avg": trained, "exp_avg_sq": trained - first_only}
 
 
 def _deepspeed_adam(device: torch.device, offload: bool):
@@ -91,11 +116,12 @@ def init_state(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tens
 
     `parameters` are the tensors that the optimizer updates (DeepSpeed's flat fp32 ones under ZeRO).
     """
-    fused_torch = isinstance(optimizer, torch.optim.AdamW)
+    hidden = {id(p) for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
     for p in parameters:
         state = optimizer.state[p]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device) if fused_torch else 0
-        for key in STATES:
+        if id(p) not in hidden:
+            state["step"] = torch.zeros((), device=p.device) if _is_torchs(optimizer) else 0
+        for key in STATES[:1] if id(p) in hidden else STATES:
             state[key] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
     set_step(optimizer, 0)
 
@@ -103,10 +129,15 @@ def init_state(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tens
 def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Set the counter of bias correction, which makers keep in the state, in the group, or in both."""
     for state in optimizer.state.values():
-        if isinstance(state["step"], torch.Tensor):
+        if isinstance(state.get("step"), torch.Tensor):
             state["step"].fill_(step)
-        else:
+        elif "step" in state:
             state["step"] = step
-    if not isinstance(optimizer, torch.optim.AdamW):
+    if not _is_torchs(optimizer):
         for group in optimizer.param_groups:
             group["step"] = step
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch's AdamW does the bias correction, which counts in fp32 tensors."""
+    return isinstance(optimizer, torch.optim.AdamW | Muon)
