@@ -302,7 +302,7 @@ def check_facts(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> list[
     if makers[0] != makers[1] and "muon" in makers:
         raise CheckpointError(
             f"{path} holds the state of train.optimizer={makers[0]}, which {makers[1]} cannot take over. Keep the "
-            f"optimizer, or start from the weights alone: model.init_from={path}"
+            f"optimizer, or start another `output:` from the run's weights: model.init_from={path.parents[1]}"
         )
     notes = []
     if saved["steps_per_epoch"] != now["steps_per_epoch"]:
