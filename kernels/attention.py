@@ -95,6 +95,20 @@ def key_start(offsets_ptr, segment, begin, stride_b, stride_n):
 
 
 @triton.jit
+def load_keys(k_ptr, v_ptr, stride_kn, n, Nk, MASKED: tl.constexpr, D: tl.constexpr, BN: tl.constexpr):
+    """A tile of a segment's keys from n on: their numbers [BN], K and V [BN, D], with MASKED zeros from Nk on."""
+    j = n + tl.arange(0, BN)
+    at = j[:, None] * stride_kn + tl.arange(0, D)[None, :]
+    if MASKED:
+        k = tl.load(k_ptr + at, mask=(j < Nk)[:, None], other=0.0)
+        v = tl.load(v_ptr + at, mask=(j < Nk)[:, None], other=0.0)
+    else:
+        k = tl.load(k_ptr + at)
+        v = tl.load(v_ptr + at)
+    return j, k, v
+
+
+@triton.jit
 def kept(seed, row, n, threshold, BM: tl.constexpr, BN: tl.constexpr):
     """Which elements dropout keeps, [BM, BN], of rows `row` and their segment's keys from n, a multiple of 4."""
     quad = n // 4 + tl.arange(0, BN // 4)
@@ -118,14 +132,7 @@ def _keys(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the sums of values and of weights and the largest score so far. last [BM]: last key seen."""
-    j = n + tl.arange(0, BN)
-    at = j[:, None] * stride_kn + tl.arange(0, D)[None, :]
-    if MASKED:
-        k = tl.load(k_ptr + at, mask=(j < Nk)[:, None], other=0.0)
-        v = tl.load(v_ptr + at, mask=(j < Nk)[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptr + at)
-        v = tl.load(v_ptr + at)
+    j, k, v = load_keys(k_ptr, v_ptr, stride_kn, n, Nk, MASKED, D, BN)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         seen = (j < Nk)[None, :]

@@ -28,6 +28,7 @@ from .attention import (
     find_tile,
     kept,
     key_start,
+    load_keys,
     query_rows,
     span,
     thresholds,
@@ -41,14 +42,7 @@ def _dq_keys(
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dQ / scale, with one more tile of keys. lse is in base 2."""
-    j = n + tl.arange(0, BN)
-    at = j[:, None] * stride_kn + tl.arange(0, D)[None, :]
-    if MASKED:
-        k = tl.load(k_ptr + at, mask=(j < Nk)[:, None], other=0.0)
-        v = tl.load(v_ptr + at, mask=(j < Nk)[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptr + at)
-        v = tl.load(v_ptr + at)
+    j, k, v = load_keys(k_ptr, v_ptr, stride_kn, n, Nk, MASKED, D, BN)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     p = tl.exp2(s * scale - lse[:, None])
     if MASKED:

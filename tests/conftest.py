@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported: they then run on the CPU, slowly
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on the CPU, slowly
+
+from blipfast import backends  # noqa: E402  (imports Triton)
 
 torch.set_num_threads(1)
 
@@ -34,6 +37,32 @@ def small() -> dict:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def served_by(name: str) -> Iterator[str]:
+    """Operations are served by backend `name` while a test runs, which is skipped if that is not installed."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    with backends.use(name):
+        yield name
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request) -> Iterator[str]:
+    """Runs a test once by PyTorch and once by the kernels; the backend's name."""
+    yield from served_by(request.param)
+
+
+@pytest.fixture(params=["torch", "sdpa", "triton"])
+def attention_backend(request) -> Iterator[str]:
+    """As `backend`, for attention, which PyTorch serves in two ways."""
+    yield from served_by(request.param)
+
+
+@pytest.fixture
+def triton() -> Iterator[str]:
+    """The kernels serve."""
+    yield from served_by("triton")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Checkpoints to and from others: the same weights bit for bit, and the same answers, in transformers too."""
+"""Checkpoints to and from others: the same weights bit for bit, and the same answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
 
 from blipfast.commands import convert as verb
-from blipfast.config import Config, save_config
 from blipfast.models.blip import blip_decoder
 from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_nlvr import blip_nlvr
@@ -25,7 +23,8 @@ from blipfast.models.huggingface import hugging_face_state, read_tokenizer, to_h
 from blipfast.models.run import load_captioner, load_matcher, load_nlvr, load_vqa
 from blipfast.text import train_tokenizer
 
-from .conftest import BERT, VIT
+from .conftest import VIT
+from .run_folders import TEXTS, scramble, write_run
 
 KEYS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "blip_keys.json.gz").read_bytes()))
 CLASSES = {
@@ -33,36 +32,6 @@ CLASSES = {
     "itm": ("BlipForImageTextRetrieval", "retrieval"),
     "vqa": ("BlipForQuestionAnswering", "vqa"),
 }
-TEXTS = ["a dog on the beach", "two red apples, one green!", "cat"]
-
-
-def scramble(model: nn.Module, seed: int) -> nn.Module:
-    """Weights so large that attention and predictions are far from uniform, and sentences come to an end."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            scale = 0.3 if parameter.dim() > 1 else 0.2
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-            if "norm" in name.lower() and name.endswith("weight"):
-                parameter += 1
-            if name.endswith("predictions.bias"):
-                parameter[102] += 4
-    return model.eval()
-
-
-def write_run(folder: Path, model: nn.Module, **settings) -> Path:
-    """A run folder that holds `model`."""
-    folder.mkdir()
-    config = Config()
-    config.model.vit, config.model.image_size, config.model.embed_dim = dict(VIT), 32, 8
-    config.model.med_config = dict(BERT)
-    config.data.prompt = "a picture of "
-    for name, value in settings.items():
-        setattr(config.model, name, value)
-    save_config(config, folder / "config.yaml")
-    model.tokenizer.save(folder / "tokenizer.json")
-    save_weights(model.state_dict(), folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture
@@ -174,87 +143,7 @@ def test_a_checkpoint_of_base_size_makes_the_round_trip(images, tmp_path):
     assert load_captioner(tmp_path / "hf").generate(images, max_length=8, min_length=6) == captions
 
 
-# ---- transformers computes the same
-
-
-def test_transformers_captions_token_for_token(pretrain_run, images, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
-    model, loading = transformers.BlipForConditionalGeneration.from_pretrained(
-        tmp_path / "hf", output_loading_info=True
-    )
-    assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    assert model.vision_model.post_layernorm.eps == 1e-6 and model.config.text_config.num_attention_heads == 4
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    prompt = tokenizer(["a picture of"] * len(images), return_tensors="pt").input_ids
-    ids = model.eval().generate(
-        pixel_values=images, input_ids=prompt, num_beams=3, max_length=16, min_length=5
-    )
-    theirs = [text[len("a picture of ") :] for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    ours = load_captioner(tmp_path / "hf").generate(
-        images, max_length=16, min_length=5, length_norm="generated"
-    )
-    assert ours == theirs and len(set(ours)) > 1
-    settings = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
-    assert (settings.num_beams, settings.max_length, settings.eos_token_id) == (3, 20, 102)
-
-
-def test_transformers_matches_equally_with_cls_and_with_enc(pretrain_run, images, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    convert(pretrain_run, "huggingface", tmp_path / "hf", "retrieval")
-    model = transformers.BlipForImageTextRetrieval.from_pretrained(tmp_path / "hf").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    text = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    assert (text.input_ids[:, 0] == 101).all()
-    inputs = dict(pixel_values=images[:3], attention_mask=text.attention_mask)
-    official, ours = load_matcher(tmp_path / "hf", compat="official"), load_matcher(tmp_path / "hf")
-    with torch.no_grad():
-        itc = model(input_ids=text.input_ids, use_itm_head=False, **inputs).itm_score
-        assert_close(ours(images[:3], TEXTS, match_head="itc"), itc, rtol=0, atol=1e-5)
-        itm = model(input_ids=text.input_ids, **inputs).itm_score
-        assert_close(official(images[:3], TEXTS, match_head="itm"), itm, rtol=0, atol=2e-5)
-        text.input_ids[:, 0] = tokenizer.convert_tokens_to_ids("[ENC]")
-        itm = model(input_ids=text.input_ids, **inputs).itm_score
-        assert_close(ours(images[:3], TEXTS, match_head="itm"), itm, rtol=0, atol=2e-5)
-
-
-def test_transformers_answers_token_for_token_with_the_folders_own_tokenizer(small, images, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    vit = dict(VIT, width=48)  # transformers gives encoder and decoder one width
-    run = write_run(tmp_path / "run", scramble(blip_vqa(**small | {"vit": vit}), 3), vit=vit)
-    convert(run, "huggingface", tmp_path / "hf")
-    model = transformers.BlipForQuestionAnswering.from_pretrained(tmp_path / "hf").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    text = tokenizer(TEXTS, padding=True, return_tensors="pt")
-    assert (text.input_ids[:, 0] == 30523).all(), "questions begin with [ENC], as official BLIP's"
-    ids = model.generate(
-        input_ids=text.input_ids,
-        attention_mask=text.attention_mask,
-        pixel_values=images[:3],
-        num_beams=3,
-        max_length=10,
-        min_length=1,
-    )
-    theirs = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    ours = load_vqa(tmp_path / "hf")(images[:3], TEXTS, train=False, inference="generate")
-    assert ours == theirs
-
-
-def test_the_processor_prepares_pictures_and_texts_as_official_blip(pretrain_run, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    from PIL import Image
-
-    from blipfast.data.transforms import eval_transform
-
-    convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
-    processor = transformers.BlipProcessor.from_pretrained(tmp_path / "hf")
-    noise = torch.randint(0, 256, (50, 70, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    picture = Image.fromarray(noise.numpy())
-    out = processor(images=picture, text="a dog's tail", return_tensors="pt")
-    assert out.input_ids.tolist() == [[101, 1037, 3899, 1005, 1055, 5725, 102]]
-    assert "token_type_ids" not in out
-    ours = eval_transform(32, exact=True)(picture)
-    assert_close(out.pixel_values[0], ours, rtol=0, atol=0.02)  # their resizing may be torchvision's
+# ---- tokenizers and folders of others
 
 
 def test_a_bpe_tokenizer_and_another_size_survive(small, images, tmp_path):
@@ -266,35 +155,6 @@ def test_a_bpe_tokenizer_and_another_size_survive(small, images, tmp_path):
     assert again.tokenizer.enc_token_id == tokenizer.enc_token_id
     assert_close(again(images[:3], ["a red dog"] * 3), model(images[:3], ["a red dog"] * 3))
     assert not (tmp_path / "hf" / "vocab.txt").exists()
-
-
-# ---- folders that transformers wrote
-
-
-def test_a_folder_of_transformers_is_read_as_transformers_reads_it(images, tmp_path):
-    """8 heads and eps 1e-5 where config.json leaves them out."""
-    transformers = pytest.importorskip("transformers")
-    text = dict(hidden_size=64, num_hidden_layers=2, intermediate_size=96, max_position_embeddings=64)
-    vision = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
-    vision |= dict(patch_size=8, image_size=32)
-    torch.manual_seed(0)
-    config = transformers.BlipConfig(text_config=text, vision_config=vision)
-    theirs = scramble(transformers.BlipForImageTextRetrieval(config), 5)
-    theirs.save_pretrained(tmp_path / "hf")
-    written = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert written["text_config"].pop("num_attention_heads") == 8  # older ones leave defaults out
-    assert written["vision_config"].pop("layer_norm_eps") == 1e-5
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
-    ours = load_matcher(tmp_path / "hf", compat="official")
-    assert ours.text_encoder.config.num_attention_heads == 8 and ours.visual_encoder.norm.eps == 1e-5
-    text = ours.tokenizer(TEXTS, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        itm = theirs(
-            pixel_values=images[:3], input_ids=text.input_ids, attention_mask=text.attention_mask
-        ).itm_score
-        assert_close(ours(images[:3], TEXTS), itm, rtol=0, atol=2e-5)
-    said = convert(tmp_path / "hf", "official", tmp_path / "x.pth")
-    assert "layer_norm_eps 1e-05" in said and "8 text heads" in said
 
 
 def test_an_old_folder_with_a_bin_file_and_plain_berts_tokenizer_loads(pretrain_run, images, tmp_path):

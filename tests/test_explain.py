@@ -14,7 +14,7 @@ from blipfast.explain import draw, grad_cam, image_grad_cam
 from blipfast.models.blip_itm import blip_itm
 from blipfast.text import train_tokenizer
 
-from .test_convert import scramble, write_run
+from .run_folders import scramble, write_run
 
 TEXT = "a dog's unbelievableness, red"
 

@@ -14,21 +14,6 @@ SHAPES = [(), (1,), (7,), (33, 31), (0, 4), (1024,), (3, 1024), (1025,)]
 SETTINGS = dict(lr=3e-3, betas=(0.9, 0.98), eps=1e-8)
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with backends.use(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def triton():
-    pytest.importorskip("triton")
-    with backends.use("triton"):
-        yield
-
-
 def model(device="cpu", shapes=SHAPES):
     random = torch.Generator().manual_seed(0)
     return [torch.randn(shape, generator=random).to(device).requires_grad_() for shape in shapes]

@@ -7,25 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from blipfast import backends
 from blipfast.ops.layer_norm import add_layer_norm, dropout_add_layer_norm
 
 SHAPES = [(1, 16), (5, 33), (2, 3, 48), (19, 200), (3, 768)]
-
-
-@pytest.fixture(params=["torch", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    with backends.use(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def triton():
-    pytest.importorskip("triton")
-    with backends.use("triton"):
-        yield
 
 
 def inputs(*shape, dtype=torch.float32, weights=torch.float32, device="cpu", seed=0):

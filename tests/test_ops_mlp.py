@@ -17,12 +17,6 @@ NAMES = ("x", "weight1", "bias1", "weight2", "bias2")
 SHAPES = [((1,), 16, 32), ((2, 7), 33, 47), ((5, 17), 16, 40), ((3, 1, 4), 40, 130)]
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request):
-    with backends.use(mlp=request.param):
-        yield request.param
-
-
 def inputs(lead, D, hidden, dtype=torch.float32, device=DEVICE):
     torch.manual_seed(0)
     shapes = [(*lead, D), (hidden, D), (hidden,), (D, hidden), (D,)]

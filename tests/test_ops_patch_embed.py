@@ -18,12 +18,6 @@ NAMES = ("images", "weight", "bias", "cls_token", "pos_embed")
 SHAPES = [(2, 3, 8, 8, 8, 16), (3, 3, 24, 32, 8, 40), (5, 1, 6, 10, 2, 17), (1, 3, 28, 14, 14, 24)]
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request):
-    with backends.use(patch_embed=request.param):
-        yield request.param
-
-
 def inputs(B, C, height, width, P, D, dtype=torch.float32, device=DEVICE):
     torch.manual_seed(0)
     T = (height // P) * (width // P) + 1

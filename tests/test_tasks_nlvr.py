@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blipfast.config import config_from_dict, save_config, to_dict
+from blipfast.config import save_config, to_dict
 from blipfast.data.loader import TrainLoader
 from blipfast.data.nlvr import NLVRDataset, other_side
 from blipfast.data.transforms import eval_transform
@@ -20,10 +20,9 @@ from blipfast.models.checkpoint import read_state_dict, save_weights
 from blipfast.tasks.nlvr import NLVRTask
 from blipfast.text import load_tokenizer, train_tokenizer
 from blipfast.train import main
-from tests.conftest import BERT, VIT
+from tests import small_tasks
 from tests.ranks import on_ranks
-
-COLOURS = ["red", "green", "blue", "white", "black"]
+from tests.small_tasks import COLOURS, changed, evaluate, evaluate_splits, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -53,42 +52,19 @@ def folder(tmp_path_factory):
 
 def settings(folder, output, **changes):
     """A config of a tiny model on the fixture; changes like evaluate_official_quirks=True."""
-    values = {
-        "task": "nlvr",
-        "output": str(output),
-        "model": {
-            "vit": {**VIT, "depth": 1},
-            "image_size": 32,
-            "med_config": {**BERT, "num_hidden_layers": 1},
-            "tokenizer": str(folder / "tokenizer.json"),
-        },
-        "data": {
-            "train": [str(folder / "nlvr_train.json")],
-            "val": str(folder / "nlvr_dev.json"),
-            "test": str(folder / "nlvr_test.json"),
-            "workers": 0,
-        },
-        "train": {"epochs": 1, "batch_size": 3, "warmup_steps": 0, "lr": 1e-3, "precision": "fp32"},
-        "evaluate": {"batch_size": 4},
+    data = {
+        "train": [str(folder / "nlvr_train.json")],
+        "val": str(folder / "nlvr_dev.json"),
+        "test": str(folder / "nlvr_test.json"),
     }
-    for name, value in changes.items():
-        section, _, key = name.partition("_")
-        values[section][key] = value
-    return config_from_dict(values)
+    return small_tasks.settings("nlvr", folder, output, data, **changes)
 
 
 @pytest.fixture(scope="module")
 def weights(folder, tmp_path_factory):
-    """Random weights whose judgements differ from statement to statement."""
-    torch.manual_seed(1)
-    model = NLVRTask.build_model(settings(folder, "unused"))
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return save_weights(model.state_dict(), tmp_path_factory.mktemp("weights") / "nlvr.safetensors")
-
-
-def evaluate(config, weights, output, split="test"):
-    return NLVRTask.evaluate_checkpoint(config, Path(weights), split, Path(output), torch.device("cpu"))
+    """Judgements differ from statement to statement."""
+    path = tmp_path_factory.mktemp("weights") / "nlvr.safetensors"
+    return random_weights(settings(folder, "unused"), path, seed=1, spread=0.2)
 
 
 def result(output):
@@ -177,15 +153,10 @@ def test_evaluation_judges_the_pictures_as_they_stand_and_the_official_quirk_swa
     assert found == pytest.approx([alone(i, swap) for i, swap in enumerate(swapped)], abs=1e-6)
 
 
-def two_splits(values, weights, output):
-    config = config_from_dict(values)
-    return [evaluate(config, weights, Path(output) / split, split) for split in ("test", "val")]
-
-
 def test_two_ranks_give_the_figures_and_files_of_one(folder, weights, tmp_path):
     values = to_dict(settings(folder, "unused"))
-    alone = two_splits(values, weights, tmp_path / "one")
-    both = on_ranks(2, two_splits, values, weights, str(tmp_path / "two"))
+    alone = evaluate_splits(values, weights, tmp_path / "one")
+    both = on_ranks(2, evaluate_splits, values, weights, str(tmp_path / "two"))
     assert both[0] == both[1] == alone and [m["statements"] for m in alone] == [9, 5]
     for split in ("test", "val"):
         one, two = result(tmp_path / "one" / split), result(tmp_path / "two" / split)
@@ -231,12 +202,8 @@ def test_a_pre_trained_model_starts_both_cross_attentions_and_only_the_head_is_r
     ],
 )
 def test_a_malformed_statement_is_named_by_file_line_and_key(folder, keys, message):
-    entries = json.loads((folder / "nlvr_train.json").read_text())
-    entries[1] = {key: value for key, value in (entries[1] | keys).items() if value is not None}
-    path = folder / "malformed.json"
-    path.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]")
     with pytest.raises(ValueError, match=message):
-        NLVRDataset(str(path))
+        NLVRDataset(changed(folder / "nlvr_train.json", 1, keys))
 
 
 def test_missing_pictures_name_the_folder_setting(folder, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blipfast.config import config_from_dict, load_config, save_config, to_dict
+from blipfast.config import load_config, save_config, to_dict
 from blipfast.data.loader import TrainLoader
 from blipfast.data.transforms import eval_transform, train_transform
 from blipfast.data.vqa import VQADataset, common_answers, read_answers
@@ -21,10 +21,10 @@ from blipfast.models.checkpoint import read_state_dict, save_weights
 from blipfast.tasks.vqa import VQAModel, VQATask, question_batches
 from blipfast.text import load_tokenizer, train_tokenizer
 from blipfast.train import main
-from tests.conftest import BERT, VIT
+from tests import small_tasks
 from tests.ranks import on_ranks
+from tests.small_tasks import COLOURS, changed, evaluate, evaluate_splits, random_weights
 
-COLOURS = ["red", "green", "blue", "white", "black"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 ANSWERS = ["yes", "no", *COLOURS, "light blue"]
 
@@ -73,50 +73,22 @@ def folder(tmp_path_factory):
 
 def settings(folder, output, **changes):
     """A config of a tiny model on the fixture; changes like data_test="..."."""
-    values = {
-        "task": "vqa",
-        "output": str(output),
-        "model": {
-            "vit": {**VIT, "depth": 1},
-            "image_size": 32,
-            "med_config": {**BERT, "num_hidden_layers": 1},
-        },
-        "data": {
-            "train": [str(folder / "vqa_train.json"), str(folder / "vg_qa.json")],
-            "vg_root": str(folder / "genome"),
-            "val": str(folder / "vqa_val.json"),
-            "test": str(folder / "vqa_test.json"),
-            "answers": str(folder / "answer_list.json"),
-            "max_words": 50,
-            "workers": 0,
-        },
-        "train": {"epochs": 1, "batch_size": 3, "warmup_steps": 0, "lr": 1e-3, "precision": "fp32"},
-        "evaluate": {"batch_size": 4, "k_test": 5},
+    data = {
+        "train": [str(folder / "vqa_train.json"), str(folder / "vg_qa.json")],
+        "vg_root": str(folder / "genome"),
+        "val": str(folder / "vqa_val.json"),
+        "test": str(folder / "vqa_test.json"),
+        "answers": str(folder / "answer_list.json"),
+        "max_words": 50,
     }
-    for name, value in changes.items():
-        section, _, key = name.partition("_")
-        values[section][key] = value
-    return config_from_dict(values)
-
-
-def write(config, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_config(config, path)
-    return str(path)
+    return small_tasks.settings("vqa", folder, output, data, **changes)
 
 
 @pytest.fixture(scope="module")
 def weights(folder, tmp_path_factory):
-    """Random weights that tell pictures and questions apart."""
-    torch.manual_seed(0)
-    model = VQATask.build_model(settings(folder, "unused"))
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    return save_weights(model.state_dict(), tmp_path_factory.mktemp("weights") / "vqa.safetensors")
-
-
-def evaluate(config, weights, output, split="test"):
-    return VQATask.evaluate_checkpoint(config, Path(weights), split, Path(output), torch.device("cpu"))
+    """They tell pictures and questions apart."""
+    path = tmp_path_factory.mktemp("weights") / "vqa.safetensors"
+    return random_weights(settings(folder, "unused"), path, seed=0, spread=0.1)
 
 
 def result(output):
@@ -174,7 +146,8 @@ def test_the_loss_weighs_every_answer_and_divides_by_the_questions(folder, weigh
 
 def test_training_ends_with_the_official_result_file_and_the_best_weights_figures(folder, tmp_path, capsys):
     config = settings(folder, tmp_path / "run", train_evaluate_every=1, train_epochs=2)
-    assert main(["--config", write(config, tmp_path / "vqa.yaml"), "--traceback"]) == 0
+    save_config(config, tmp_path / "vqa.yaml")
+    assert main(["--config", str(tmp_path / "vqa.yaml"), "--traceback"]) == 0
     run = tmp_path / "run"
     asked = {entry["question_id"] for entry in json.loads((folder / "vqa_test.json").read_text())}
     answered = result(run / "result" / "test")
@@ -211,16 +184,10 @@ def test_answers_do_not_depend_on_the_batch_and_are_those_of_one_question_at_a_t
     assert len({row["answer"] for row in results[0]}) > 1  # or the comparison shows nothing
 
 
-def two_ranks(values, weights, output):
-    config = config_from_dict(values)
-    metrics = evaluate(config, weights, Path(output) / "test")
-    return metrics, evaluate(config, weights, Path(output) / "val", "val")
-
-
 def test_two_ranks_give_the_figures_and_files_of_one(folder, weights, tmp_path):
     values = to_dict(settings(folder, "unused"))
-    alone = two_ranks(values, weights, tmp_path / "one")
-    both = on_ranks(2, two_ranks, values, weights, str(tmp_path / "two"))
+    alone = evaluate_splits(values, weights, tmp_path / "one")
+    both = on_ranks(2, evaluate_splits, values, weights, str(tmp_path / "two"))
     assert both[0] == both[1] == alone and alone[0]["questions"] == 9
     for split in ("test", "val"):
         assert result(tmp_path / "two" / split) == result(tmp_path / "one" / split)
@@ -289,16 +256,6 @@ def test_a_question_asked_twice_is_answered_once_and_a_broken_picture_stops_noth
     assert "damaged.jpg" in caplog.text and "repeat a question_id" in caplog.text
 
 
-def change(folder, name, **keys):
-    """A copy of vqa_train.json with keys of its third entry changed (None: removed)."""
-    entries = json.loads((folder / "vqa_train.json").read_text())
-    entries[2] |= keys
-    entries[2] = {key: value for key, value in entries[2].items() if value is not None}
-    path = folder / f"{name}.json"
-    path.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]")
-    return str(path)
-
-
 @pytest.mark.parametrize(
     "keys, message",
     [
@@ -312,7 +269,7 @@ def change(folder, name, **keys):
 )
 def test_a_malformed_entry_is_named_by_file_line_and_key(folder, keys, message):
     with pytest.raises(ValueError, match=message):
-        VQADataset(change(folder, "malformed", **keys))
+        VQADataset(changed(folder / "vqa_train.json", 2, keys))
 
 
 def test_what_is_missing_is_named_with_what_to_set(folder, tmp_path):
@@ -322,13 +279,9 @@ def test_what_is_missing_is_named_with_what_to_set(folder, tmp_path):
         VQADataset(str(folder / "nothing.json"))
     with pytest.raises(FileNotFoundError, match="data.answers"):
         read_answers(str(folder / "nothing.json"))
+    (tmp_path / "answers.json").write_text('{"yes": 0}')
     with pytest.raises(ValueError, match="a JSON list of answers"):
-        read_answers(write_text(tmp_path / "answers.json", '{"yes": 0}'))
-
-
-def write_text(path, text):
-    path.write_text(text)
-    return str(path)
+        read_answers(str(tmp_path / "answers.json"))
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(folder, weights, tmp_path):

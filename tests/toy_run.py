@@ -29,7 +29,9 @@ class ToyModel(nn.Module):
     def __init__(self, dropout: float, width: int = WIDTH):
         super().__init__()
         self.embed = nn.Embedding(WORDS, width)
-        self.blocks = nn.Sequential(nn.Linear(width, 41), nn.GELU(), nn.Dropout(dropout), nn.Linear(41, width))
+        self.blocks = nn.Sequential(
+            nn.Linear(width, 41), nn.GELU(), nn.Dropout(dropout), nn.Linear(41, width)
+        )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, WORDS)
         self.head.weight = self.embed.weight  # tied, as BLIP's decoder
@@ -39,7 +41,9 @@ class ToyModel(nn.Module):
             False
         )
         self.temp = nn.Parameter(torch.tensor(0.07))
-        for (_, average), (_, online) in zip(self.blocks_m.named_parameters(), self.blocks.named_parameters()):
+        for (_, average), (_, online) in zip(
+            self.blocks_m.named_parameters(), self.blocks.named_parameters()
+        ):
             average.data.copy_(online.data)
         generator = torch.Generator().manual_seed(3)
         self.register_buffer("queue", torch.randn(QUEUE, width, generator=generator))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def tokenizer_train(args: argparse.Namespace) -> int:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: there is no such caption file.")
     captions = (caption for path in args.captions for caption in read_captions(Path(path)))
-    captions = tqdm(captions, unit=" captions", disable=not sys.stderr.isatty())
+    captions = tqdm(captions, unit=" captions", disable=None)
     tokenizer = train_tokenizer(captions, args.vocab_size, lowercase=not args.keep_case)
     tokenizer.save(args.output)
     print(f"wrote {args.output}: {len(tokenizer)} tokens")

@@ -11,12 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from blipfast.data import schemas
 from blipfast.data.pairs import PackedStrings
-from blipfast.data.pictures import Pictures, root_setting
+from blipfast.data.pictures import Pictures, PicturesDataset, root_setting
 from blipfast.data.readers import read_entries
 from blipfast.text import pre_caption
 
@@ -24,7 +22,7 @@ _EXPECTED = schemas.EXPECTED["nlvr"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
 
 
-class NLVRDataset(Dataset):
+class NLVRDataset(PicturesDataset):
     """`[i] -> {"image": (first, second), each uint8 [3|4, H, W], "sentence", "label": 1 for true, 0 for false}`.
 
     sources: files of JSON or JSON lines with the official keys (see `schemas`). Pictures are relative to
@@ -90,18 +88,6 @@ class NLVRDataset(Dataset):
     def identifier(self, i: int) -> str:
         """NLVR2's identifier of statement `i`, else its place."""
         return self._identifiers[i]
-
-    @property
-    def pictures(self) -> int:
-        """Number of distinct pictures; `picture_of` [len, 2] says which two each statement is about."""
-        return len(self._pictures)
-
-    def picture_path(self, picture: int) -> str:
-        return self._pictures.path(picture)
-
-    def load_picture(self, picture: int) -> Tensor:
-        """Decode distinct picture 0 <= picture < `pictures`."""
-        return self._pictures.load(picture)
 
     def texts(self) -> Iterator[str]:
         """All statements: what a tokenizer is trained on."""

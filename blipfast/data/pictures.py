@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from blipfast.data.images import load_image
 from blipfast.data.pairs import PackedStrings
@@ -52,6 +53,29 @@ class Pictures:
                 f"{source}: none of {len(places)} pictures looked up exists, the first being "
                 f"{self._paths[int(places[0])]}; {settings}."
             )
+
+
+class PicturesDataset(Dataset):
+    """Annotations of pictures; several may share one. A subclass fills `_pictures` and `picture_of`.
+
+    picture_of: which picture each annotation is about, int64 [len], or [len, 2] for two pictures each.
+    """
+
+    _pictures: Pictures
+    picture_of: np.ndarray
+
+    @property
+    def pictures(self) -> int:
+        """Number of distinct pictures."""
+        return len(self._pictures)
+
+    def picture_path(self, picture: int) -> str:
+        """Path of distinct picture 0 <= picture < `pictures`."""
+        return self._pictures.path(picture)
+
+    def load_picture(self, picture: int) -> Tensor:
+        """Decode distinct picture 0 <= picture < `pictures`; ValueError if that fails."""
+        return self._pictures.load(picture)
 
 
 def root_setting(name: str, root: str) -> str:

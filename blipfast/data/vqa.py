@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from blipfast.data import schemas
 from blipfast.data.pairs import PackedStrings
-from blipfast.data.pictures import Pictures, root_setting
+from blipfast.data.pictures import Pictures, PicturesDataset, root_setting
 from blipfast.data.readers import read_entries
 from blipfast.text import pre_question
 
@@ -26,7 +24,7 @@ ANSWERS = 3128  # in the official list
 _EXPECTED = schemas.EXPECTED["vqa"]
 
 
-class VQADataset(Dataset):
+class VQADataset(PicturesDataset):
     """Questions of one source or several: `[i] -> {"image": uint8 [3|4, H, W], "question", "answers", "weights"}`.
 
     sources: files of JSON or JSON lines with the official keys (see `schemas`). Pictures are relative to `image_root`,
@@ -109,18 +107,6 @@ class VQADataset(Dataset):
     def question_id(self, i: int) -> Any:
         """The id given in the file, else the question's place."""
         return json.loads(self._ids[i])
-
-    @property
-    def pictures(self) -> int:
-        """Number of distinct pictures; `picture_of` [len] says which of them each question is about."""
-        return len(self._pictures)
-
-    def picture_path(self, picture: int) -> str:
-        return self._pictures.path(picture)
-
-    def load_picture(self, picture: int) -> Tensor:
-        """Decode distinct picture 0 <= picture < `pictures`."""
-        return self._pictures.load(picture)
 
     def texts(self) -> Iterator[str]:
         """All questions and answers: what a tokenizer is trained on."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -118,8 +117,7 @@ def download(url: str, target: Path) -> Path:
 def copy(reply, file, size: int, name: str) -> str:
     """Copy a reply to a file with a progress bar; its SHA-256."""
     digest = hashlib.sha256()
-    hidden = not sys.stderr.isatty()
-    with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, disable=hidden) as bar:
+    with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, disable=None) as bar:
         while chunk := reply.read(1 << 20):
             file.write(chunk)
             digest.update(chunk)

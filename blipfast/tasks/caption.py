@@ -73,7 +73,8 @@ class CaptionTask(FineTuneTask):
         pictures, share = Prepared(view, config.model.image_size), my_share(len(view))
         batches = in_batches(pictures, share, settings.batch_size, config.data.workers)
         total = -(-len(share) // settings.batch_size)
-        for numbers, batch in tqdm(batches, "captioning", total, leave=False, disable=gather.rank() > 0):
+        bar = tqdm(batches, "captioning", total, leave=False, disable=gather.rank() > 0 or None)
+        for numbers, batch in bar:
             captions = model.generate(
                 batch.to(device),
                 num_beams=settings.num_beams,

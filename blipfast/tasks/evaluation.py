@@ -66,7 +66,7 @@ def _evaluate(
         repetition_penalty=settings.repetition_penalty,
         batch_size=settings.batch_size,
     )
-    made = tqdm(stream, total=len(share), desc="captioning", leave=False, disable=gather.rank() > 0)
+    made = tqdm(stream, total=len(share), desc="captioning", leave=False, disable=gather.rank() > 0 or None)
     captions = collect({i: texts[0] for i, texts in zip(share, made)}, len(test))
     truths = [[test.text[t] for t in texts] for texts in img2txt]
     exact = sum(caption in truth for caption, truth in zip(captions, truths, strict=True))

@@ -28,7 +28,7 @@ from torch import nn
 from blipfast.config import Config
 from blipfast.data.loader import build_train_loader
 from blipfast.data.text_augment import text_augment
-from blipfast.data.transforms import train_transform
+from blipfast.data.transforms import Transform, train_transform
 from blipfast.models import gather
 from blipfast.models.checkpoint import (
     WEIGHTS,
@@ -111,7 +111,7 @@ class FineTuneTask(ABC):
         return build_train_loader(
             config.data,
             config.train,
-            self.train_transform(),
+            augmentation(config),
             config.seed,
             self.rank,
             self.world_size,
@@ -122,18 +122,6 @@ class FineTuneTask(ABC):
         """Read the annotations of data.val and data.test, so that what is wrong there is found before training."""
 
     # ---- what tasks use
-
-    def train_transform(self):
-        """The augmentation of data.*, from a decoded picture to the model's input."""
-        data = self.config.data
-        return train_transform(
-            self.config.model.image_size,
-            data.min_scale,
-            data.flip,
-            data.randaugment,
-            data.noise,
-            data.background,
-        )
 
     @classmethod
     def load_model(cls, config: Config, checkpoint: Path, device: torch.device) -> nn.Module:
@@ -166,7 +154,7 @@ class FineTuneTask(ABC):
         """Export the weights; with data.val evaluate them there, on all ranks, and keep them if they are the best."""
         run, validate = Path(self.config.output), bool(self.config.data.val)
         weights = run / (LAST if validate else WEIGHTS)
-        from_main(lambda: _export(model, weights))
+        from_main(lambda: export_weights(model, weights))
         if not validate:
             return None
         metrics = self._figures("val", weights, run / "result" / f"val_epoch_{epoch:02d}", _device(model))
@@ -284,6 +272,20 @@ def model_settings(config: Config) -> dict[str, Any]:
     )
 
 
+def augmentation(config: Config) -> Transform:
+    """The training transform of data.*, from a decoded picture to the model's input. Raises ValueError as it does."""
+    data = config.data
+    return train_transform(
+        config.model.image_size, data.min_scale, data.flip, data.randaugment, data.noise, data.background
+    )
+
+
+def export_weights(model: nn.Module, weights: Path) -> None:
+    """Save a model's weights, and its tokenizer beside them."""
+    save_weights(model.state_dict(), weights)
+    model.tokenizer.save(weights.parent / "tokenizer.json")
+
+
 def selected(metrics: dict[str, float], rule: str) -> float:
     """The figure that `rule`, a metric or several joined by "+", gives. Raises ValueError for unknown metrics."""
     names = [name.strip() for name in rule.split("+")]
@@ -302,11 +304,6 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def _export(model: nn.Module, weights: Path) -> None:
-    save_weights(model.state_dict(), weights)
-    model.tokenizer.save(weights.parent / "tokenizer.json")
 
 
 def _read_state(path: Path, epoch: int) -> dict[str, Any]:

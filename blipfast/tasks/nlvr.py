@@ -25,7 +25,7 @@ from blipfast.data.views import PictureView, in_batches
 from blipfast.models import gather
 from blipfast.models.blip_nlvr import BLIP_NLVR, twin_weights
 
-from .finetune import FineTuneTask, Trainable, model_settings, write_json
+from .finetune import FineTuneTask, Trainable, augmentation, model_settings, write_json
 from .sharing import collect, my_share
 
 
@@ -52,7 +52,7 @@ class NLVRTask(FineTuneTask):
         config = self.config
         arguments = (config.seed, self.rank, self.world_size, text_augment(config.data))
         statements = open_statements(config, "train")
-        return build_train_loader(config.data, config.train, self.train_transform(), *arguments, statements)
+        return build_train_loader(config.data, config.train, augmentation(config), *arguments, statements)
 
     def check_evaluation(self) -> None:
         for split in ("val", "test"):

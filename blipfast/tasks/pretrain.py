@@ -12,14 +12,12 @@ from blipfast.config import Config, LossConfig
 from blipfast.data.karpathy import open_retrieval
 from blipfast.data.loader import build_train_loader
 from blipfast.data.text_augment import text_augment
-from blipfast.data.transforms import train_transform
 from blipfast.models.blip_pretrain import BLIP_Pretrain
-from blipfast.models.checkpoint import WEIGHTS, load_checkpoint, save_weights
-from blipfast.text import load_tokenizer
+from blipfast.models.checkpoint import WEIGHTS, load_checkpoint
 
 from .curves import plot_curves
 from .evaluation import evaluate
-from .finetune import write_json
+from .finetune import augmentation, export_weights, model_settings, write_json
 from .sharing import from_main
 
 
@@ -49,15 +47,10 @@ def build_model(config: Config) -> PretrainModel:
     model, loss = config.model, config.loss
     built = PretrainModel(
         loss,
-        med_config=model.med_config,
-        image_size=model.image_size,
-        vit=model.vit,
-        vit_grad_ckpt=model.vit_grad_ckpt,
-        vit_ckpt_layer=model.vit_ckpt_layer,
+        **model_settings(config),
         embed_dim=model.embed_dim,
         queue_size=model.queue_size,
         momentum=model.momentum,
-        tokenizer=load_tokenizer(model.tokenizer),
         vit_init=model.init_vit,
         bert_init=model.init_bert,
         max_tokens=config.data.max_tokens,
@@ -83,11 +76,8 @@ class PretrainTask:
     def __init__(self, config: Config, rank: int = 0, world_size: int = 1):
         self.config, self.rank = config, rank
         data = config.data
-        transform = train_transform(
-            config.model.image_size, data.min_scale, data.flip, data.randaugment, data.noise, data.background
-        )
         self.loader = build_train_loader(
-            data, config.train, transform, config.seed, rank, world_size, text_augment(data)
+            data, config.train, augmentation(config), config.seed, rank, world_size, text_augment(data)
         )
         self.test = open_retrieval(data) if data.test else None
         self.model = build_model(config)
@@ -101,12 +91,7 @@ class PretrainTask:
     def evaluate(self, model: PretrainModel, epoch: int) -> dict[str, float] | None:
         """Export the weights to the run folder and evaluate them there, on all ranks. None without a test set."""
         run, device = Path(self.config.output), next(model.parameters()).device
-
-        def export() -> None:
-            save_weights(model.state_dict(), run / WEIGHTS)
-            model.tokenizer.save(run / "tokenizer.json")
-
-        from_main(export)
+        from_main(lambda: export_weights(model, run / WEIGHTS))
         if self.test is None:
             return None
         metrics = evaluate(self.config, self.test, run, run, device)

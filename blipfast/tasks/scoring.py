@@ -167,7 +167,7 @@ class Collection:
         return total[0] / total[1]
 
     def bar(self, items: Iterable | None, name: str, total: int | None = None) -> tqdm:
-        hidden = not self.progress or gather.rank() > 0
+        hidden = not self.progress or gather.rank() > 0 or None  # None: where there is no terminal
         return tqdm(items, desc=name, total=total, disable=hidden, leave=False)
 
 

@@ -25,7 +25,7 @@ from blipfast.models import gather
 from blipfast.models.blip_vqa import BLIP_VQA
 from blipfast.vqa_metrics import vqa_metrics
 
-from .finetune import FineTuneTask, Trainable, model_settings, write_json
+from .finetune import FineTuneTask, Trainable, augmentation, model_settings, write_json
 from .sharing import collect, from_main, my_share
 
 ANSWERS = "answer_list.json"  # in the run folder, when data.answers names none
@@ -66,7 +66,7 @@ class VQATask(FineTuneTask):
             write_json(path, common_answers(questions))
             config.data.answers = str(path)  # the run's config.yaml then says what is ranked
         arguments = (config.seed, self.rank, self.world_size, text_augment(config.data), questions)
-        return build_train_loader(config.data, config.train, self.train_transform(), *arguments)
+        return build_train_loader(config.data, config.train, augmentation(config), *arguments)
 
     def check_evaluation(self) -> None:
         if self.config.data.answers:
