@@ -22,7 +22,6 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result
 
 from .kernels import table
 
@@ -110,19 +109,25 @@ def describe() -> list[tuple[str, str, str, str]]:
     return rows
 
 
+def constant_when_compiled(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, without its import of torch._dynamo: that takes as long as torch's own."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def interpreting() -> bool:
     """Whether Triton kernels are interpreted on the CPU, for tests (TRITON_INTERPRET=1 before they are imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@assume_constant_result
+@constant_when_compiled
 @functools.cache
 def installed(package: str) -> bool:
     """Whether a package can be imported; looks without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
-@assume_constant_result
+@constant_when_compiled
 @functools.cache
 def arch(device: int | None = None) -> int:
     """Compute capability of a CUDA device as one number: 80, 90, ..."""
@@ -130,12 +135,12 @@ def arch(device: int | None = None) -> int:
     return 10 * major + minor
 
 
-@assume_constant_result
+@constant_when_compiled
 def _wins(op: str, device: int | None, bucket: str) -> bool:
     return installed("triton") and table.wins(op, arch(device), bucket)
 
 
-@assume_constant_result
+@constant_when_compiled
 def _forced(op: str) -> str | None:
     """What an override asks of `op`; the innermost wins, and in each the operation's own name over the default."""
     overrides, environment = _overrides.get(), os.environ.get(VARIABLE)

@@ -165,6 +165,15 @@ assert not {"triton", "torch", "kernels"} & set(sys.modules)
     assert run.returncode == 0, run.stderr
 
 
+def test_importing_a_model_imports_no_optional_package_and_no_compiler():
+    code = """
+import sys, blipfast.models.blip, blipfast.models.blip_pretrain
+print(sorted({"triton", "torch._dynamo", "transformers", "deepspeed", "matplotlib"} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == "[]\n", run.stderr
+
+
 @pytest.mark.gpu
 def test_gpu_choices_are_said_once(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_said", set())
