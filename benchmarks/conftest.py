@@ -97,3 +97,17 @@ def write(name: str, header: list[str], rows: list[list[str]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
+
+
+def forget_peak() -> None:
+    """Let `resident("VmHWM")` begin from now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(field: str) -> float:
+    """MiB of this process that Linux calls VmRSS (now) or VmHWM (at most, since `forget_peak`).
+
+    getrusage would begin from the peak of the process that started this one, which may be gigabytes.
+    """
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024

@@ -5,13 +5,12 @@ A small model, so that 100 times the work is minutes: what is looked for is the 
 
 from __future__ import annotations
 
-import resource
 import time
 
 import pytest
 import torch
 
-from benchmarks.conftest import RESULTS, versions, write
+from benchmarks.conftest import RESULTS, forget_peak, resident, versions, write
 from blipfast.models.blip import blip_decoder
 from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_vqa import blip_vqa
@@ -80,18 +79,19 @@ def test_cost_per_item_stays_flat(name, benchmark, capsys):
     def every_scale() -> None:
         WORK[name](1)  # a warm-up
         for n in SCALES:
+            forget_peak()
             start = time.perf_counter()
             items = WORK[name](n)
             seconds = time.perf_counter() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            peak = resident("VmHWM")
             rows.append([n, items, seconds / items * 1e3, peak])
 
     benchmark.pedantic(every_scale, rounds=1)
     with capsys.disabled():
-        print("\n  times the work, items, ms an item, peak MB of the process:")
+        print("\n  times the work, items, ms an item, peak MiB of the process:")
         for row in rows:
             print("  " + "  ".join(f"{value:10.4g}" for value in row))
-    head = ["scale", "items", "ms_per_item", "peak_mb", *versions()]
+    head = ["scale", "items", "ms_per_item", "peak_mib", *versions()]
     write(f"scale_{name}", head, [[*(f"{v:.4g}" for v in row), *versions().values()] for row in rows])
     plot(name, rows)
     assert rows[-1][2] <= 1.5 * rows[1][2]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.ops.attention import attention
 from blipfast.ops.layer_norm import dropout_add_layer_norm
+from blipfast.ops.mlp import gelu_linear
 
 from .attention import KeepsAttention
 from .med_config import BertConfig, Output
@@ -194,7 +195,15 @@ class BertLayer(nn.Module):
         cross = None
         if image is not None:
             states, cross = self.attend_image(states, image, image_mask, return_map)
-        return self.output(self.intermediate(states), states), key_value, attention, cross
+        return self.feed_forward(states), key_value, attention, cross
+
+    def feed_forward(self, states: Tensor) -> Tensor:
+        """The block's last third. In training GELU's output is not kept for backward, unless `dense` was replaced."""
+        dense = self.output.dense
+        if not torch.is_grad_enabled() or type(dense) is not nn.Linear:
+            return self.output(self.intermediate(states), states)
+        branch = gelu_linear(self.intermediate.dense(states), dense.weight, dense.bias)
+        return residual_norm(self.output, branch, states)
 
     def attend_image(self, states, image, image_mask, return_map) -> tuple[Tensor, Tensor | None]:
         key_value = self.crossattention.self.key_value(image)

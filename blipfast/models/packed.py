@@ -7,6 +7,7 @@ else (ITM and LM in pre-training) go through in one pass, as `Part`s.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.ops.attention import Layout, attention, attention_varlen
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 
-from .med import BertEncoder, BertLMHeadModel, BertModel, KeyValue
+from .med import BertEncoder, BertLMHeadModel, BertModel, BertSelfAttention, KeyValue
 from .packing import Ragged, Rows, cross_attention, in_blocks, reads
 
 
@@ -28,7 +29,7 @@ class ImageStates:
     mask: bool [M, N], True where a token counts; None: all do.
     """
 
-    layers: list[KeyValue]
+    layers: Sequence[KeyValue]
     mask: Tensor | None = None
 
     def __len__(self) -> int:
@@ -43,17 +44,45 @@ class ImageStates:
 def image_states(
     encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None = None, name: str = "self"
 ) -> ImageStates:
-    """Keys and values of images [M, N, D_v] for all layers, by one matrix product.
+    """Keys and values of images [M, N, D_v] for all layers: by one matrix product or, in training, by one a layer.
 
     mask [M, N]: nonzero where an image token counts. name: which attention of a cross-attention block ("self"; with two
     images "self0" and "self1").
     """
     blocks = [getattr(layer.crossattention, name) for layer in encoder.layer]
+    mask = None if mask is None else mask.bool()
+    if torch.is_grad_enabled():
+        return ImageStates(KeysWhenRead(blocks, image_embeds), mask)
+    return ImageStates(project(blocks, image_embeds), mask)
+
+
+def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[KeyValue]:
+    """Keys and values for each of the cross-attentions `blocks`, by one matrix product."""
     linears = [linear for block in blocks for linear in (block.key, block.value)]
     weight, bias = (torch.cat([getattr(linear, kind) for linear in linears]) for kind in ("weight", "bias"))
-    heads = encoder.config.num_attention_heads
+    heads = blocks[0].num_attention_heads
     every = F.linear(image_embeds, weight, bias).unflatten(-1, (len(linears), heads, -1)).unbind(2)
-    return ImageStates(list(zip(every[::2], every[1::2])), None if mask is None else mask.bool())
+    return list(zip(every[::2], every[1::2]))
+
+
+class KeysWhenRead(Sequence):
+    """Every layer's keys and values, made when the layer is read first.
+
+    Backward then comes to a layer's matrix product right after its attention, and frees the gradients of keys and
+    values before those of the next layer are made; neither these nor the weights are ever all stacked.
+    """
+
+    def __init__(self, blocks: list[BertSelfAttention], image_embeds: Tensor):
+        self.blocks, self.image_embeds = blocks, image_embeds
+        self.made: dict[int, KeyValue] = {}
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, i: int) -> KeyValue:
+        if i not in self.made:
+            (self.made[i],) = project([self.blocks[i]], self.image_embeds)
+        return self.made[i]
 
 
 def text_states(encoder: BertEncoder, states: Tensor, rows: Rows) -> ImageStates:
@@ -117,27 +146,28 @@ def run(
     part, which image every text looks at (None: text b at image b); without `images` the texts are read alone.
     """
     model = parts[0].model
-    states = [
-        model.embeddings(part.text.ids[None], part.text.rows.position[None]).squeeze(0) for part in parts
-    ]
+    ids, positions = zip(*((part.text.ids, part.text.rows.position) for part in parts))
+    states = model.embeddings(torch.cat(ids)[None], torch.cat(positions)[None]).squeeze(0)
+    states = states.split([len(part.text.ids) for part in parts])
+    images = (images,) if isinstance(images, ImageStates) else images or ()
     seen = final_seen = None
-    if images is not None:
+    if images:
         image = image or [None] * len(parts)
-        shape = (images if isinstance(images, ImageStates) else images[0]).shape
-        seen = together([part.text.rows for part in parts], image, *shape)
-        final_seen = together([part.last for part in parts], image, *shape)
+        seen = together([part.text.rows for part in parts], image, *images[0].shape)
+        final_seen = together([part.last for part in parts], image, *images[0].shape)
     depth = len(model.encoder.layer)
     recompute = model.encoder.config.gradient_checkpointing and model.training and torch.is_grad_enabled()
     for i, layer in enumerate(model.encoder.layer):
         final = i == depth - 1
+        looked_at = [(*each.layers[i], each.mask) for each in images]  # not in `step`, which may be run twice
 
-        def step(*states: Tensor, i=i, layer=layer, final=final) -> tuple[Tensor, ...]:
+        def step(*states: Tensor, i=i, layer=layer, final=final, looked_at=looked_at) -> tuple[Tensor, ...]:
             attended = [part.attend(i, x, final) for part, x in zip(parts, states)]
             sizes = [len(x) for x in attended]
             x = torch.cat(attended) if len(parts) > 1 else attended[0]
-            if images is not None:
-                x = attend_images(layer.crossattention, x, images, i, final_seen if final else seen)
-            return in_blocks(lambda x: layer.output(layer.intermediate(x), x), x).split(sizes)
+            if looked_at:
+                x = attend_images(layer.crossattention, x, looked_at, final_seen if final else seen)
+            return in_blocks(layer.feed_forward, x).split(sizes)
 
         states = checkpoint(step, *states, use_reentrant=False) if recompute else step(*states)
     return list(states)
@@ -150,15 +180,15 @@ def together(rows: list[Rows], image: list[list[int] | None], images: int, token
     return reads(lengths, [m for of in each for m in of], images, tokens, rows[0].device)
 
 
-def attend_images(block, states: Tensor, images: Images, i: int, layout: Layout) -> Tensor:
-    """A layer's cross-attention block over packed states [T, D]."""
-    inners = (block.self,) if isinstance(images, ImageStates) else (block.self0, block.self1)
+def attend_images(block, states: Tensor, images: list[tuple], layout: Layout) -> Tensor:
+    """A layer's cross-attention block over packed states [T, D]; images: keys, values and mask of one or of two."""
+    inners = (block.self,) if len(images) == 1 else (block.self0, block.self1)
     contexts = []
-    for inner, seen in zip(inners, (images,) if len(inners) == 1 else images):
+    for inner, (key, value, mask) in zip(inners, images):
         dropout = inner.dropout.p if inner.training else 0.0
         keep = inner.keep if inner.save_attention else None
         query = in_blocks(inner.query, states)
-        contexts.append(cross_attention(query, *seen.layers[i], layout, seen.mask, dropout, keep))
+        contexts.append(cross_attention(query, key, value, layout, mask, dropout, keep))
     if len(contexts) == 2:
         return block.output(contexts, states)
     return in_blocks(block.output, contexts[0], states)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .attention_layout import Layout
 
@@ -19,13 +20,47 @@ WASTE = 2.5  # cells of a table a row, above which, on a CPU, one product an ima
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
     """The formula itself. mask: bool (True: sees) or additive, broadcastable to [B, H, N, N']."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    weights = F.dropout(_probabilities(q, k, mask, scale).to(v.dtype), dropout)
+    return (weights @ v).transpose(1, 2)
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale Q K^T) in fp32 of q [B, H, N, d] and k [B, H, N', d]."""
     scores = (q * scale) @ k.transpose(-2, -1)
     if mask is not None and mask.dtype == torch.bool:  # finite: a query that sees nothing has gradients, of 0
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(v.dtype), dropout)
-    return (weights @ v).transpose(1, 2)
+    return scores.softmax(-1, dtype=torch.float32)
+
+
+class Dropped(torch.autograd.Function):
+    """`plain` in fp32 with dropout, of which backward keeps one [B, H, N, N']: probabilities, negative where dropped.
+
+    Autograd would keep them before dropout and after it, and the mask; SDPA, scaled copies of keys besides.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, dropout, scale):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        p = _probabilities(q, k, mask, scale)
+        kept = torch.empty_like(p).bernoulli_(1 - dropout)
+        ctx.save_for_backward(q, k, v, torch.addcmul(p.neg(), p, kept, value=2))
+        ctx.settings = dropout, scale
+        return (p.mul_(kept) @ v).div_(1 - dropout).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, signed = ctx.saved_tensors
+        dropout, scale = ctx.settings
+        do = do.transpose(1, 2) / (1 - dropout)
+        kept = signed.clamp(min=0)
+        dv = kept.transpose(-2, -1) @ do
+        ds = (do @ v.transpose(-2, -1)).mul_(kept)  # dP P; softmax subtracts its sum, spread by P
+        ds.addcmul_(signed.abs(), ds.sum(-1, keepdim=True), value=-1).mul_(scale)
+        dq, dk = ds @ k, ds.transpose(-2, -1) @ q
+        return *(x.transpose(1, 2) for x in (dq, dk, dv)), None, None, None
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
@@ -35,18 +70,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, s
     return out.transpose(1, 2)
 
 
-def usual(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
+def usual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
     """The formula; on a CPU SDPA, which is as fast for texts, faster for pictures, and does not keep the scores.
 
-    But SDPA's half-precision backward takes ten times as long there as its fp32 one.
+    But SDPA's half-precision backward takes ten times as long there as its fp32 one, and with dropout it keeps them.
     """
     if q.device.type != "cpu":
-        return plain(q, k, v, *rest)
-    if q.dtype == torch.float32 or not torch.is_grad_enabled():
-        return sdpa(q, k, v, *rest)
+        return plain(q, k, v, mask, dropout, scale)
+    if not torch.is_grad_enabled():
+        return sdpa(q, k, v, mask, dropout, scale)
     if q.dtype == torch.bfloat16 and k.shape[1] <= SHORT:
-        return plain(q, k, v, *rest)
-    return sdpa(q.float(), k.float(), v.float(), *rest).to(q.dtype)
+        return plain(q, k, v, mask, dropout, scale)
+    learned = mask is not None and mask.requires_grad
+    attend = Dropped.apply if dropout and not learned else sdpa
+    return attend(q.float(), k.float(), v.float(), mask, dropout, scale).to(q.dtype)
 
 
 def dense(attend, q, k, v, mask, causal, dropout, scale) -> Tensor:

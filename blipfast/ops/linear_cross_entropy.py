@@ -99,8 +99,12 @@ def _check_labels(labels: Tensor, ignore_index: int, V: int) -> None:
 
 
 def _plain(hidden, weight, bias, labels, smoothing, ignore_index, dtype) -> Tensor:
-    """What fits into one chunk, as anybody would write it: the losses [T], fp32."""
-    logits = F.linear(hidden, weight, None if bias is None else bias.to(dtype)).float()
+    """What fits into one chunk, as anybody would write it, but for the order: the losses [T], fp32.
+
+    F.linear's weight gradient is a view, to which autograd cannot add that of the word embeddings in place.
+    """
+    logits = torch.mm(weight, hidden.t()).t()
+    logits = (logits if bias is None else logits + bias.to(dtype)).float()
     return F.cross_entropy(
         logits, labels, reduction="none", label_smoothing=smoothing, ignore_index=ignore_index
     )

@@ -18,8 +18,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
     x [..., D], weight1 [F, D], bias1 [F], weight2 [D', F], bias2 [D'] -> [..., D']; one dtype (fp32, fp16, bf16), or
     whatever under autocast, which then sets it. Sums are fp32; the hidden state is rounded to the dtype before GELU
-    and after. Differentiable once in all arguments. For backward the kernels keep x and the [..., F] state before
-    GELU, and not the one after it.
+    and after. Differentiable once in all arguments. For backward x and the [..., F] state before GELU are kept, and
+    not the one after it.
     Raises ValueError for other shapes, several dtypes or devices. Served by: triton (CUDA), torch.
     """
     tensors = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
@@ -37,7 +37,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         check_same_dtype("mlp", **tensors)
 
     if backends.choose("mlp", x) == "torch" or not x.numel():
-        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+        return gelu_linear(F.linear(x, weight1, bias1), weight2, bias2)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     weights = (weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *weights)):
@@ -45,6 +45,37 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     else:
         y = F.linear(_linear_gelu(rows, *weights[:2], False)[0], *weights[2:])
     return y.view(*x.shape[:-1], -1)
+
+
+def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """gelu(h) weight^T + bias, with the exact (erf) GELU, of which backward keeps h alone.
+
+    h [..., F], weight [D, F], bias [D] -> [..., D]; one dtype, or under autocast its own, to which the weights are
+    cast. GELU is computed again in backward: a pass over h, for a quarter of what a feed-forward would keep. Served by
+    torch.
+    """
+    if not torch.is_grad_enabled():
+        return F.linear(F.gelu(h), weight, bias)
+    if dtype := autocast_dtype(h):
+        h, weight, bias = (t.to(dtype) for t in (h, weight, bias))
+    return _GeluLinear.apply(h, weight, bias)
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, weight, bias):
+        ctx.save_for_backward(h, weight)
+        return F.linear(F.gelu(h), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        h, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        dh = torch.ops.aten.gelu_backward(dy @ weight, h) if needs[0] else None
+        rows = dy.reshape(-1, dy.shape[-1])
+        dweight = rows.t() @ F.gelu(h).reshape(-1, h.shape[-1]) if needs[1] else None
+        return dh, dweight, rows.sum(0) if needs[2] else None
 
 
 # --------------------------------------------------------------------------------------------------------- triton
