@@ -1,44 +1,38 @@
 """One step of the MED decoder for many images at once, with static caches.
 
-An image has one set of cross-attention keys and values, whatever the number of its beams. Its self-attention cache has
-a slot for every prompt token, shared by all beams, and one for every token of every beam. Beams that change places
-copy nothing: a mask says which slots are a beam's own past.
+What the beams of an image look at is held once (`looked_at`). An image's self-attention cache has a slot for every
+prompt token, shared by all beams, and one for every token of every beam. Beams that change places copy nothing: a mask
+says which slots are a beam's own past.
 Shapes: n images, k beams, P prompt tokens, S slots, V vocabulary.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from blipfast.ops.attention import attention
-
-from .med import BertLMHeadModel
-from .packed import ImageStates
+from .few_rows import linear
+from .looked_at import LookedAt, attend
+from .med import BertLMHeadModel, residual_norm
 
 
 class Decoding:
     """Caches for up to as many images as `images` has; the first n of them are in use."""
 
-    def __init__(
-        self, decoder: BertLMHeadModel, images: ImageStates, beams: int, prompt: int, max_length: int
-    ):
+    def __init__(self, decoder: BertLMHeadModel, images: LookedAt, beams: int, prompt: int, max_length: int):
         """images: of the first batch, kept and later overwritten in place. prompt: its number of tokens."""
         self.decoder, self.images, self.beams, self.prompt = decoder, images, beams, prompt
-        key = images.layers[0][0]
-        slots = prompt + (max_length - prompt) * beams
-        shape = (len(key), slots, *key.shape[2:])
-        self.cache = [(key.new_zeros(shape), key.new_zeros(shape)) for _ in images.layers]
-        self.past = torch.zeros(len(key), beams, slots, dtype=torch.bool, device=key.device)
+        heads, like = decoder.config.num_attention_heads, images.tensors[0]
+        slots = text_rows(beams, prompt, max_length)
+        shape = (len(images), slots, heads, decoder.config.hidden_size // heads)
+        self.cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in decoder.bert.encoder.layer]
+        self.past = torch.zeros(len(images), beams, slots, dtype=torch.bool, device=like.device)
         self.past[..., :prompt] = True
 
-    def put(self, place: int, images: ImageStates, i: int) -> None:
+    def put(self, place: int, images: LookedAt, i: int) -> None:
         """Let image i of `images` take a place; its past is that of the prompt."""
-        for mine, theirs in zip(self.images.layers, images.layers):
-            for old, new in zip(mine, theirs):
-                old[place] = new[i]
-        if self.images.mask is not None:
-            self.images.mask[place] = images.mask[i]
+        self.images.put(place, images, i)
         self.past[place] = False
         self.past[place, :, : self.prompt] = True
 
@@ -84,27 +78,30 @@ class Decoding:
     ) -> Tensor:
         """Logits after tokens [n, q], whose keys and values go into `slots`; mask [n, q, used]: the slots each sees."""
         bert = self.decoder.bert
+        here = slice(first, last)
         rows = torch.arange(first, last, device=tokens.device)[:, None]
         used = mask.shape[-1]
-        seen = None if self.images.mask is None else self.images.mask[first:last, None, None]
         x = bert.embeddings(tokens, positions)
         for i, layer in enumerate(bert.encoder.layer):
             block = layer.attention
             heads = self.cache[i][0].shape[2]
-            for cache, linear in zip(self.cache[i], (block.self.key, block.self.value)):
-                cache[rows, slots] = linear(x).unflatten(-1, (heads, -1)).to(cache.dtype)
+            for cache, made_by in zip(self.cache[i], (block.self.key, block.self.value)):
+                cache[rows, slots] = linear(made_by, x).unflatten(-1, (heads, -1)).to(cache.dtype)
             if last_only and i == len(self.cache) - 1:
                 x, mask = x[:, -1:], mask[:, -1:]
-            own = (cache[first:last, :used].transpose(1, 2) for cache in self.cache[i])
-            x = block.output(attend(block.self.query(x), *own, mask[:, None]), x)
+            own = (cache[here, :used].transpose(1, 2) for cache in self.cache[i])
+            context = attend(linear(block.self.query, x), *own, mask[:, None])
+            x = residual_norm(block.output, linear(block.output.dense, context), x)
             block = layer.crossattention
-            image = (states[first:last].transpose(1, 2) for states in self.images.layers[i])
-            x = block.output(attend(block.self.query(x), *image, seen), x)
-            x = layer.output(layer.intermediate(x), x)
-        return self.decoder.cls(x)
+            context = self.images.context(i, block.self, x, here)
+            x = residual_norm(block.output, linear(block.output.dense, context), x)
+            inner = F.gelu(linear(layer.intermediate.dense, x))
+            x = residual_norm(layer.output, linear(layer.output.dense, inner), x)
+        head = self.decoder.cls.predictions
+        x = head.transform.LayerNorm(F.gelu(linear(head.transform.dense, x)))
+        return linear(head.decoder, x)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Queries [n, q, D] over keys and values [n, H, S, d] -> [n, q, D]."""
-    split = query.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
-    return attention(split, key, value, mask).transpose(1, 2).flatten(2)
+def text_rows(beams: int, prompt: int, max_length: int) -> int:
+    """Tokens of an image's texts: the prompt once, and the rest of every beam."""
+    return prompt + (max_length - prompt) * beams

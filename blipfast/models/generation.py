@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decoding import Decoding
+from .decoding import Decoding, text_rows
+from .looked_at import looked_at
 from .med import BertConfig, BertLMHeadModel
-from .packed import image_states
 from .search import BeamSearch, Draws
 
 TOP_K = 50  # official sampling also keeps only the 50 likeliest tokens (transformers' default)
@@ -70,7 +70,7 @@ class Rules:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
         if self.length_norm not in ("with_prompt", "generated"):
             raise ValueError(f'length_norm must be "with_prompt" or "generated", got {self.length_norm!r}.')
-        most = max(self.num_beams, 1) if not self.sample else self.num_return
+        most = self.num_return if self.sample else self.num_beams
         if not 1 <= self.num_return <= most:
             raise ValueError(
                 f"num_return must be between 1 and num_beams, here {most} (or any number when sampling), "
@@ -117,7 +117,7 @@ def stream(
     `batch_size` images are decoded at once, fewer where memory does not suffice.
     """
     rules.check(len(prompt), decoder.config)
-    waiting = Waiting(decoder, iter(batches), rules)
+    waiting = Waiting(iter(batches), rules)
     while waiting.more():
         try:
             yield from decode(decoder, prompt, waiting, rules, min(batch_size, waiting.largest))
@@ -132,17 +132,16 @@ def decode(
     decoder: BertLMHeadModel, prompt: Tensor, waiting: Waiting, rules: Rules, capacity: int
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Decode until nothing waits; `capacity` places."""
+    kind = BeamSearch if rules.num_beams > 1 and not rules.sample else Draws
+    sizes = (kind.rows(rules), len(prompt), rules.max_length)
     search: Draws | BeamSearch | None = None
     while waiting.more() or search.active:
         free = capacity - (search.active if search else 0)
         while free and waiting.more():
             chosen = waiting.take(free)
-            images = image_states(decoder.bert.encoder, chosen.embeds, chosen.mask)
+            images = looked_at(decoder.bert.encoder, chosen.embeds, chosen.mask, text_rows(*sizes))
             if search is None:
-                kind = BeamSearch if rules.num_beams > 1 and not rules.sample else Draws
-                search = kind(
-                    rules, prompt, Decoding(decoder, images, kind.rows(rules), len(prompt), rules.max_length)
-                )
+                search = kind(rules, prompt, Decoding(decoder, images, *sizes))
                 free = len(chosen.numbers)
                 capacity = free
             search.admit(chosen.numbers, images, chosen.draws)
@@ -165,12 +164,12 @@ class Chosen:
 class Waiting:
     """Images that are not being decoded yet, and those that are, in case memory runs out."""
 
-    def __init__(self, decoder: BertLMHeadModel, batches: Iterator[tuple], rules: Rules):
+    def __init__(self, batches: Iterator[tuple], rules: Rules):
         self.batches, self.rules = batches, rules
         self.count = 0  # images seen so far
         self.largest = 0  # batch seen so far
         self.queue: list[Chosen] = []
-        self.running: dict[int, tuple] = {}
+        self.running: dict[int, Chosen] = {}
 
     def more(self) -> bool:
         """Whether an image waits; takes the next batch if none does."""

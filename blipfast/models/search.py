@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decoding import Decoding
-from .packed import ImageStates
+from .looked_at import LookedAt
 
 
 class Search:
@@ -19,19 +19,17 @@ class Search:
     def __init__(self, rules, prompt: Tensor, decoding: Decoding):
         self.rules, self.prompt, self.decoding = rules, prompt, decoding
         C, k, device = len(decoding.images), decoding.beams, prompt.device
-        # unwritten places hold a token of the prompt, which the repetition penalty counts anyway
-        self.ids = prompt[0].expand(C, k, rules.max_length).clone()
-        self.ids[..., : len(prompt)] = prompt
-        self.done = torch.zeros(C, dtype=torch.bool, device=device)
+        self.ids = prompt.new_empty(C, k, rules.max_length)
+        self.done = torch.empty(C, dtype=torch.bool, device=device)
         self.numbers: list[int] = []
         self.lengths: list[int] = []
-        self.draws = torch.zeros(C, k, rules.max_length, device=device) if rules.sample else None
+        self.draws = torch.empty(C, k, rules.max_length, device=device) if rules.sample else None
 
     @property
     def active(self) -> int:
         return len(self.numbers)
 
-    def admit(self, numbers: list[int], images: ImageStates, draws: Tensor | None) -> None:
+    def admit(self, numbers: list[int], images: LookedAt, draws: Tensor | None) -> None:
         """Take images in, and choose the first token of their texts."""
         first, last = self.active, self.active + len(numbers)
         if images is not self.decoding.images:
@@ -46,7 +44,8 @@ class Search:
         self.choose(first, last, logits.float())
 
     def reset(self, first: int, last: int) -> None:
-        self.ids[first:last] = self.prompt[0]
+        """Let images first ... last - 1 begin with the prompt."""
+        self.ids[first:last] = self.prompt[0]  # unwritten places too: the repetition penalty counts it anyway
         self.ids[first:last, :, : len(self.prompt)] = self.prompt
         self.done[first:last] = False
 
@@ -116,7 +115,7 @@ class Draws(Search):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.ended = torch.zeros(self.ids.shape[:2], dtype=torch.bool, device=self.ids.device)
+        self.ended = torch.empty(self.ids.shape[:2], dtype=torch.bool, device=self.ids.device)
 
     @staticmethod
     def rows(rules) -> int:
@@ -170,12 +169,11 @@ class BeamSearch(Search):
 
     def __init__(self, *args):
         super().__init__(*args)
-        C, k, L = self.ids.shape
-        device = self.ids.device
-        self.score = torch.zeros(C, k, device=device)
-        self.ended_score = torch.full((C, k), -torch.inf, device=device)
-        self.ended_ids = self.ids.clone()
-        self.ended_length = torch.zeros(C, k, dtype=torch.long, device=device)
+        C, k = self.ids.shape[:2]
+        self.score = torch.empty(C, k, device=self.ids.device)
+        self.ended_score = torch.empty_like(self.score)  # -inf where none has ended
+        self.ended_ids = torch.empty_like(self.ids)
+        self.ended_length = torch.zeros_like(self.score, dtype=torch.long)
 
     @staticmethod
     def rows(rules) -> int:

@@ -1,0 +1,91 @@
+"""What the decoder looks at while it writes: an image's keys and values, or its tokens as they are.
+
+A score q . (W_k e) is (W_k^T q) . e, and a weighted sum of values W_v e is W_v times that sum of the tokens e. So both
+matrices can be multiplied with each query instead of with each token: the tokens are keys and values for all layers
+and heads. Worth it for short texts, where queries are few. The same to rounding; softmax does not see the keys' bias,
+which adds one number to all scores of a query.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blipfast.ops.attention import attention
+
+from .few_rows import linear
+from .med import BertEncoder, BertSelfAttention
+from .packed import ImageStates, image_states
+
+
+def looked_at(encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None, rows: int) -> LookedAt:
+    """Of images [M, N, D_v]: whichever costs fewer products where an image's texts have `rows` tokens in all.
+
+    mask [M, N]: nonzero where a token counts. Tokens on a CPU only: GPUs make keys and values in no time, and have
+    kernels for them. Under autocast parts of weights would be cast at every step.
+    """
+    (N, D_v), D, H = image_embeds.shape[1:], encoder.config.hidden_size, encoder.config.num_attention_heads
+    as_tokens = rows * (H * N * D_v + D * D_v)
+    as_keys = N * D * D_v + rows * N * D
+    if image_embeds.device.type != "cpu" or torch.is_autocast_enabled("cpu") or as_tokens >= as_keys:
+        return KeysValues(image_states(encoder, image_embeds, mask))
+    return Tokens(image_embeds, mask)
+
+
+class LookedAt:
+    """M images, [M, ...] in each of `tensors`; the last of these is the mask, bool [M, N], if there is one.
+
+    Made of tensors of its own: images that come overwrite those that go.
+    """
+
+    def __init__(self, tensors: list[Tensor], mask: Tensor | None):
+        self.mask = None if mask is None else mask.to(torch.bool, copy=True)
+        self.tensors = tensors if mask is None else [*tensors, self.mask]
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def put(self, place: int, others: LookedAt, i: int) -> None:
+        """Let image i of `others` take the place of another."""
+        for mine, theirs in zip(self.tensors, others.tensors, strict=True):
+            mine[place] = theirs[i]
+
+    def seen(self, here: slice) -> Tensor | None:
+        return None if self.mask is None else self.mask[here, None, None]
+
+    def context(self, i: int, block: BertSelfAttention, x: Tensor, here: slice) -> Tensor:
+        """Layer i's cross-attention, of x [n, q, D] over images `here`, to be projected still: [n, q, D]."""
+        raise NotImplementedError
+
+
+class KeysValues(LookedAt):
+    """Every layer's keys and values, each [M, N, H, d]."""
+
+    def __init__(self, images: ImageStates):
+        super().__init__([x for key_value in images.layers for x in key_value], images.mask)
+
+    def context(self, i: int, block: BertSelfAttention, x: Tensor, here: slice) -> Tensor:
+        key, value = (states[here].transpose(1, 2) for states in self.tensors[2 * i : 2 * i + 2])
+        return attend(linear(block.query, x), key, value, self.seen(here))
+
+
+class Tokens(LookedAt):
+    """Image tokens [M, N, D_v] as they are."""
+
+    def __init__(self, image_embeds: Tensor, mask: Tensor | None):
+        super().__init__([image_embeds.clone()], mask)
+
+    def context(self, i: int, block: BertSelfAttention, x: Tensor, here: slice) -> Tensor:
+        H = block.num_attention_heads
+        W_k, W_v = (layer.weight.unflatten(0, (H, -1)) for layer in (block.key, block.value))
+        query = torch.einsum("nqhd,hdv->nhqv", linear(block.query, x).unflatten(-1, (H, -1)), W_k)
+        tokens, scale = self.tensors[0][here, None], W_k.shape[1] ** -0.5
+        sums = attention(query.flatten(1, 2)[:, None], tokens, tokens, self.seen(here), scale=scale)
+        sums = sums.squeeze(1).unflatten(1, (H, -1))
+        return torch.einsum("nhqv,hdv->nqhd", sums, W_v).flatten(2) + block.value.bias
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Queries [n, q, D] over keys and values [n, H, S, d] -> [n, q, D]."""
+    split = query.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
+    return attention(split, key, value, mask).transpose(1, 2).flatten(2)

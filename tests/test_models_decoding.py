@@ -1,0 +1,127 @@
+"""The two ways in which a decoder looks at images, and linear layers of few rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from blipfast.models import generation
+from blipfast.models.blip import blip_decoder
+from blipfast.models.few_rows import LEFT_WINS, linear
+from blipfast.models.generation import generate
+from blipfast.models.looked_at import KeysValues, Tokens, looked_at
+from blipfast.models.packed import image_states
+from blipfast.text import train_tokenizer
+
+TOKENIZER = train_tokenizer(["a picture of a dog", "two red apples"], vocab_size=270)
+PROMPT = torch.tensor([TOKENIZER.bos_token_id, 20, 21])
+RULES = dict(eos_token_id=TOKENIZER.sep_token_id, pad_token_id=TOKENIZER.pad_token_id, min_length=0)
+
+
+@pytest.fixture
+def decoder(small):
+    """With weights and biases so large that what is said depends on the picture."""
+    torch.manual_seed(0)
+    small["med_config"]["initializer_range"] = 0.3
+    decoder = blip_decoder(tokenizer=TOKENIZER, **small).eval().text_decoder
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("bias"):
+                parameter += 0.3 * torch.randn_like(parameter)
+        decoder.cls.predictions.bias[TOKENIZER.sep_token_id] += 4.0
+    return decoder
+
+
+@pytest.fixture
+def embeds():
+    return torch.randn(7, 17, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def mask():
+    mask = torch.rand(7, 17, generator=torch.Generator().manual_seed(2)) > 0.3
+    mask[:, 0] = True
+    return mask
+
+
+def as_keys(encoder, embeds, mask, rows):
+    return KeysValues(image_states(encoder, embeds, mask))
+
+
+def as_tokens(encoder, embeds, mask, rows):
+    return Tokens(embeds, mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_image_tokens_as_they_are_give_the_context_of_keys_and_values(decoder, embeds, mask, masked):
+    encoder, mask = decoder.bert.encoder, mask if masked else None
+    x, here = torch.randn(3, 5, 48), slice(2, 5)
+    for i, layer in enumerate(encoder.layer):
+        ours, expected = (
+            way(encoder, embeds, mask, 0).context(i, layer.crossattention.self, x, here)
+            for way in (as_tokens, as_keys)
+        )
+        assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 1}], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_texts_are_the_same_both_ways(decoder, embeds, mask, how, masked, monkeypatch):
+    texts = []
+    for way in (as_keys, as_tokens):
+        monkeypatch.setattr(generation, "looked_at", way)
+        options = RULES | how | {"image_mask": mask if masked else None, "max_length": 12}
+        texts.append(generate(decoder, PROMPT, embeds, batch_size=3, **options))
+    assert torch.equal(*texts)
+    assert len({tuple(row) for row in texts[0].tolist()}) > 3, "the test needs texts that depend on the image"
+
+
+def test_the_way_that_computes_less_is_chosen(decoder, monkeypatch):
+    chosen = set()
+    # tokens of an image, beams, length
+    for N, beams, length in [(200, 1, 6), (200, 2, 7), (200, 3, 20), (200, 5, 20), (4, 1, 9), (40, 1, 4)]:
+        embeds, cost = torch.randn(2, N, 32), {}
+        rules = RULES | {"num_beams": beams, "max_length": length, "min_length": length}
+        for way in (looked_at, as_keys, as_tokens):
+            monkeypatch.setattr(generation, "looked_at", way)
+            # products that are counted; SDPA's own on a CPU are not
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                generate(decoder, PROMPT, embeds, **rules)
+            cost[way] = counter.get_total_flops()
+        assert cost[looked_at] == min(cost.values()), (N, beams, length)
+        chosen.add(cost[looked_at] == cost[as_tokens])
+    assert chosen == {True, False}
+
+
+@pytest.mark.parametrize("way", [as_keys, as_tokens, looked_at])
+def test_states_and_mask_of_the_caller_are_not_overwritten(decoder, embeds, mask, way, monkeypatch):
+    """Images that wait take the places of those that have ended, in copies."""
+    monkeypatch.setattr(generation, "looked_at", way)
+    before = embeds.clone(), mask.clone()
+    generate(decoder, PROMPT, embeds, image_mask=mask, batch_size=2, num_beams=2, max_length=9, **RULES)
+    assert torch.equal(embeds, before[0]) and torch.equal(mask, before[1])
+
+
+@pytest.mark.parametrize("dtype", LEFT_WINS, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 12, 64, 65, 97])
+@torch.no_grad()
+def test_a_linear_layer_of_few_rows_gives_the_same(rows, dtype):
+    layer, x = nn.Linear(24, 40).to(dtype), torch.randn(rows, 1, 24).to(dtype)
+    y, expected = linear(layer, x), layer(x)
+    assert y.shape == expected.shape and y.is_contiguous() and y.dtype == dtype
+    assert_close(y, expected, **({"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}))
+
+
+def test_layers_that_are_not_plain_are_called_as_they_are():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = Doubled(4, 4), torch.randn(12, 4)
+    assert torch.equal(linear(layer, x), layer(x))
