@@ -13,7 +13,7 @@ from blipfast.models import generation
 from blipfast.models.blip import blip_decoder
 from blipfast.models.few_rows import LEFT_WINS, linear
 from blipfast.models.generation import generate
-from blipfast.models.looked_at import KeysValues, Tokens, looked_at
+from blipfast.models.image_memory import KeysValues, Tokens, image_memory
 from blipfast.models.packed import image_states
 from blipfast.text import train_tokenizer
 
@@ -75,7 +75,7 @@ def test_image_tokens_as_they_are_give_the_context_of_keys_and_values(decoder, e
 def test_texts_are_the_same_both_ways(decoder, embeds, mask, how, masked, monkeypatch):
     texts = []
     for way in (as_keys, as_tokens):
-        monkeypatch.setattr(generation, "looked_at", way)
+        monkeypatch.setattr(generation, "image_memory", way)
         options = RULES | how | {"image_mask": mask if masked else None, "max_length": 12}
         texts.append(generate(decoder, PROMPT, embeds, batch_size=3, **options))
     assert torch.equal(*texts)
@@ -88,21 +88,21 @@ def test_the_way_that_computes_less_is_chosen(decoder, monkeypatch):
     for N, beams, length in [(200, 1, 6), (200, 2, 7), (200, 3, 20), (200, 5, 20), (4, 1, 9), (40, 1, 4)]:
         embeds, cost = torch.randn(2, N, 32), {}
         rules = RULES | {"num_beams": beams, "max_length": length, "min_length": length}
-        for way in (looked_at, as_keys, as_tokens):
-            monkeypatch.setattr(generation, "looked_at", way)
+        for way in (image_memory, as_keys, as_tokens):
+            monkeypatch.setattr(generation, "image_memory", way)
             # products that are counted; SDPA's own on a CPU are not
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 generate(decoder, PROMPT, embeds, **rules)
             cost[way] = counter.get_total_flops()
-        assert cost[looked_at] == min(cost.values()), (N, beams, length)
-        chosen.add(cost[looked_at] == cost[as_tokens])
+        assert cost[image_memory] == min(cost.values()), (N, beams, length)
+        chosen.add(cost[image_memory] == cost[as_tokens])
     assert chosen == {True, False}
 
 
-@pytest.mark.parametrize("way", [as_keys, as_tokens, looked_at])
+@pytest.mark.parametrize("way", [as_keys, as_tokens, image_memory])
 def test_states_and_mask_of_the_caller_are_not_overwritten(decoder, embeds, mask, way, monkeypatch):
     """Images that wait take the places of those that have ended, in copies."""
-    monkeypatch.setattr(generation, "looked_at", way)
+    monkeypatch.setattr(generation, "image_memory", way)
     before = embeds.clone(), mask.clone()
     generate(decoder, PROMPT, embeds, image_mask=mask, batch_size=2, num_beams=2, max_length=9, **RULES)
     assert torch.equal(embeds, before[0]) and torch.equal(mask, before[1])

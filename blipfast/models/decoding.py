@@ -1,6 +1,6 @@
 """One step of the MED decoder for many images at once, with static caches.
 
-What the beams of an image look at is held once (`looked_at`). An image's self-attention cache has a slot for every
+What the beams of an image look at is held once (`image_memory`). An image's self-attention cache has a slot for every
 prompt token, shared by all beams, and one for every token of every beam. Beams that change places copy nothing: a mask
 says which slots are a beam's own past.
 Shapes: n images, k beams, P prompt tokens, S slots, V vocabulary.
@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .few_rows import linear
-from .looked_at import LookedAt, attend
+from .image_memory import ImageMemory, attend
 from .med import BertLMHeadModel, residual_norm
 
 
 class Decoding:
     """Caches for up to as many images as `images` has; the first n of them are in use."""
 
-    def __init__(self, decoder: BertLMHeadModel, images: LookedAt, beams: int, prompt: int, max_length: int):
+    def __init__(
+        self, decoder: BertLMHeadModel, images: ImageMemory, beams: int, prompt: int, max_length: int
+    ):
         """images: of the first batch, kept and later overwritten in place. prompt: its number of tokens."""
         self.decoder, self.images, self.beams, self.prompt = decoder, images, beams, prompt
         heads, like = decoder.config.num_attention_heads, images.tensors[0]
@@ -30,7 +32,7 @@ class Decoding:
         self.past = torch.zeros(len(images), beams, slots, dtype=torch.bool, device=like.device)
         self.past[..., :prompt] = True
 
-    def put(self, place: int, images: LookedAt, i: int) -> None:
+    def put(self, place: int, images: ImageMemory, i: int) -> None:
         """Let image i of `images` take a place; its past is that of the prompt."""
         self.images.put(place, images, i)
         self.past[place] = False

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .decoding import Decoding, text_rows
-from .looked_at import looked_at
+from .image_memory import image_memory
 from .med import BertConfig, BertLMHeadModel
 from .search import BeamSearch, Draws
 
@@ -139,7 +139,7 @@ def decode(
         free = capacity - (search.active if search else 0)
         while free and waiting.more():
             chosen = waiting.take(free)
-            images = looked_at(decoder.bert.encoder, chosen.embeds, chosen.mask, text_rows(*sizes))
+            images = image_memory(decoder.bert.encoder, chosen.embeds, chosen.mask, text_rows(*sizes))
             if search is None:
                 search = kind(rules, prompt, Decoding(decoder, images, *sizes))
                 free = len(chosen.numbers)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .decoding import Decoding
-from .looked_at import LookedAt
+from .image_memory import ImageMemory
 
 
 class Search:
@@ -29,7 +29,7 @@ class Search:
     def active(self) -> int:
         return len(self.numbers)
 
-    def admit(self, numbers: list[int], images: LookedAt, draws: Tensor | None) -> None:
+    def admit(self, numbers: list[int], images: ImageMemory, draws: Tensor | None) -> None:
         """Take images in, and choose the first token of their texts."""
         first, last = self.active, self.active + len(numbers)
         if images is not self.decoding.images:

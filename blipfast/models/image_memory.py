@@ -1,4 +1,4 @@
-"""What the decoder looks at while it writes: an image's keys and values, or its tokens as they are.
+"""Image memory, what the decoder attends to while it writes: keys and values of images, or their tokens as they are.
 
 A score q . (W_k e) is (W_k^T q) . e, and a weighted sum of values W_v e is W_v times that sum of the tokens e. So both
 matrices can be multiplied with each query instead of with each token: the tokens are keys and values for all layers
@@ -18,7 +18,7 @@ from .med import BertEncoder, BertSelfAttention
 from .packed import ImageStates, image_states
 
 
-def looked_at(encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None, rows: int) -> LookedAt:
+def image_memory(encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None, rows: int) -> ImageMemory:
     """Of images [M, N, D_v]: whichever costs fewer products where an image's texts have `rows` tokens in all.
 
     mask [M, N]: nonzero where a token counts. Tokens on a CPU only: GPUs make keys and values in no time, and have
@@ -32,7 +32,7 @@ def looked_at(encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None, r
     return Tokens(image_embeds, mask)
 
 
-class LookedAt:
+class ImageMemory:
     """M images, [M, ...] in each of `tensors`; the last of these is the mask, bool [M, N], if there is one.
 
     Made of tensors of its own: images that come overwrite those that go.
@@ -45,7 +45,7 @@ class LookedAt:
     def __len__(self) -> int:
         return len(self.tensors[0])
 
-    def put(self, place: int, others: LookedAt, i: int) -> None:
+    def put(self, place: int, others: ImageMemory, i: int) -> None:
         """Let image i of `others` take the place of another."""
         for mine, theirs in zip(self.tensors, others.tensors, strict=True):
             mine[place] = theirs[i]
@@ -58,7 +58,7 @@ class LookedAt:
         raise NotImplementedError
 
 
-class KeysValues(LookedAt):
+class KeysValues(ImageMemory):
     """Every layer's keys and values, each [M, N, H, d]."""
 
     def __init__(self, images: ImageStates):
@@ -69,7 +69,7 @@ class KeysValues(LookedAt):
         return attend(linear(block.query, x), key, value, self.seen(here))
 
 
-class Tokens(LookedAt):
+class Tokens(ImageMemory):
     """Image tokens [M, N, D_v] as they are."""
 
     def __init__(self, image_embeds: Tensor, mask: Tensor | None):
