@@ -57,11 +57,17 @@ def image_states(
 
 
 def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[KeyValue]:
-    """Keys and values for each of the cross-attentions `blocks`, by one matrix product."""
+    """Keys and values for each of the cross-attentions `blocks`; on a GPU by one matrix product.
+
+    On a CPU products of this size lose nothing by being many, and stacking the weights would take as long as a layer.
+    """
     linears = [linear for block in blocks for linear in (block.key, block.value)]
-    weight, bias = (torch.cat([getattr(linear, kind) for linear in linears]) for kind in ("weight", "bias"))
     heads = blocks[0].num_attention_heads
-    every = F.linear(image_embeds, weight, bias).unflatten(-1, (len(linears), heads, -1)).unbind(2)
+    if image_embeds.device.type == "cpu":
+        every = [linear(image_embeds).unflatten(-1, (heads, -1)) for linear in linears]
+    else:
+        weight, bias = (torch.cat([getattr(x, kind) for x in linears]) for kind in ("weight", "bias"))
+        every = F.linear(image_embeds, weight, bias).unflatten(-1, (len(linears), heads, -1)).unbind(2)
     return list(zip(every[::2], every[1::2]))
 
 
