@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .few_rows import linear
 from .image_memory import ImageMemory, attend
-from .med import BertLMHeadModel, residual_norm
+from .med import BertLMHeadModel, BertOutput, BertSelfOutput, residual_norm
 
 
 class Decoding:
@@ -93,15 +93,20 @@ class Decoding:
                 x, mask = x[:, -1:], mask[:, -1:]
             own = (cache[here, :used].transpose(1, 2) for cache in self.cache[i])
             context = attend(linear(block.self.query, x), *own, mask[:, None])
-            x = residual_norm(block.output, linear(block.output.dense, context), x)
+            x = close(block.output, context, x)
             block = layer.crossattention
             context = self.images.context(i, block.self, x, here)
-            x = residual_norm(block.output, linear(block.output.dense, context), x)
+            x = close(block.output, context, x)
             inner = F.gelu(linear(layer.intermediate.dense, x))
-            x = residual_norm(layer.output, linear(layer.output.dense, inner), x)
+            x = close(layer.output, inner, x)
         head = self.decoder.cls.predictions
         x = head.transform.LayerNorm(F.gelu(linear(head.transform.dense, x)))
         return linear(head.decoder, x)
+
+
+def close(output: BertSelfOutput | BertOutput, branch: Tensor, x: Tensor) -> Tensor:
+    """What `output(branch, x)` gives, of few rows: projection, residual, LayerNorm."""
+    return residual_norm(output, linear(output.dense, branch), x)
 
 
 def text_rows(beams: int, prompt: int, max_length: int) -> int:

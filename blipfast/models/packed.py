@@ -44,7 +44,7 @@ class ImageStates:
 def image_states(
     encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None = None, name: str = "self"
 ) -> ImageStates:
-    """Keys and values of images [M, N, D_v] for all layers: by one matrix product or, in training, by one a layer.
+    """Keys and values of images [M, N, D_v] for all layers; in training a layer's are made when it is read.
 
     mask [M, N]: nonzero where an image token counts. name: which attention of a cross-attention block ("self"; with two
     images "self0" and "self1").

@@ -179,9 +179,8 @@ def _torch(
     q = query.float() / temp
     rows = q if teacher is None else torch.cat([q, teacher.float() / temp])  # one product for both
     top = rows.new_full((len(rows),), -torch.inf)
-    expecting = (
-        0 if gradient else B
-    )  # from which row on the keys are summed: the loss alone asks for the teacher's
+    # from which row on the keys are summed: the loss alone asks for the teacher's
+    expecting = 0 if gradient else B
     total, weighted = torch.zeros_like(top), torch.zeros_like(rows[expecting:])
     sim = q.new_empty(B, len(keys))
     positive_keys, positives = q.new_zeros(B, E), q.new_zeros(B)
