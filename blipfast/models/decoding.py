@@ -9,7 +9,6 @@ Shapes: n images, k beams, P prompt tokens, S slots, V vocabulary.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .few_rows import linear
@@ -97,10 +96,10 @@ class Decoding:
             block = layer.crossattention
             context = self.images.context(i, block.self, x, here)
             x = close(block.output, context, x)
-            inner = F.gelu(linear(layer.intermediate.dense, x))
+            inner = linear(layer.intermediate.dense, x, gelu=True)
             x = close(layer.output, inner, x)
         head = self.decoder.cls.predictions
-        x = head.transform.LayerNorm(F.gelu(linear(head.transform.dense, x)))
+        x = head.transform.LayerNorm(linear(head.transform.dense, x, gelu=True))
         return linear(head.decoder, x)
 
 

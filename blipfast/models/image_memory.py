@@ -70,19 +70,30 @@ class KeysValues(ImageMemory):
 
 
 class Tokens(ImageMemory):
-    """Image tokens [M, N, D_v] as they are."""
+    """Image tokens [M, N, D_v] as they are, and the same transposed, which the scores are made of."""
 
     def __init__(self, image_embeds: Tensor, mask: Tensor | None):
-        super().__init__([image_embeds.clone()], mask)
+        super().__init__([image_embeds.clone(), image_embeds.mT.contiguous()], mask)
 
     def context(self, i: int, block: BertSelfAttention, x: Tensor, here: slice) -> Tensor:
-        H = block.num_attention_heads
+        H, (n, q) = block.num_attention_heads, x.shape[:2]
         W_k, W_v = (layer.weight.unflatten(0, (H, -1)) for layer in (block.key, block.value))
-        query = torch.einsum("nqhd,hdv->nhqv", linear(block.query, x).unflatten(-1, (H, -1)), W_k)
-        tokens, scale = self.tensors[0][here, None], W_k.shape[1] ** -0.5
-        sums = attention(query.flatten(1, 2)[:, None], tokens, tokens, self.seen(here), scale=scale)
-        sums = sums.squeeze(1).unflatten(1, (H, -1))
-        return torch.einsum("nhqv,hdv->nqhd", sums, W_v).flatten(2) + block.value.bias
+        query = linear(block.query, x).unflatten(-1, (H, -1)).permute(2, 0, 1, 3) * W_k.shape[1] ** -0.5
+        query = torch.bmm(query.flatten(1, 2), W_k).unflatten(1, (n, q)).transpose(0, 1).flatten(1, 2)
+        sums = self.sums(query, here).unflatten(1, (H, q)).transpose(0, 1).flatten(1, 2)
+        values = torch.bmm(sums, W_v.mT).unflatten(1, (n, q)).permute(1, 2, 0, 3)
+        return values.flatten(2) + block.value.bias
+
+    def sums(self, query: Tensor, here: slice) -> Tensor:
+        """Sums of tokens weighted by the softmax of their scores, [n, r, D_v] for scaled queries [n, r, D_v]."""
+        tokens, transposed = (x[here] for x in self.tensors[:2])
+        seen = self.seen(here)
+        if query.dtype != torch.float32:  # SDPA keeps scores in fp32
+            return attention(query[:, None], tokens[:, None], tokens[:, None], seen, scale=1.0).squeeze(1)
+        scores = torch.bmm(query, transposed)  # faster than SDPA, whose blocks are meant for narrow heads
+        if seen is not None:
+            scores = scores.masked_fill(~seen.squeeze(1), -torch.inf)
+        return torch.bmm(scores.softmax(-1), tokens)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
