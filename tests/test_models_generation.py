@@ -52,11 +52,11 @@ def test_running_out_of_memory_halves_the_batch_and_changes_nothing(model, promp
     expected = generate(model.text_decoder, prompt, embeds, num_beams=3, **RULES)
     step, sizes = Decoding.step, []
 
-    def short_of_memory(self, first, last, *args, **kwargs):
+    def short_of_memory(self, *args, **kwargs):
         sizes.append(len(self.images))
         if len(self.images) > 2 and len(sizes) > 3:  # after some images are under way
             raise torch.OutOfMemoryError("pretended")
-        return step(self, first, last, *args, **kwargs)
+        return step(self, *args, **kwargs)
 
     monkeypatch.setattr(Decoding, "step", short_of_memory)
     assert torch.equal(generate(model.text_decoder, prompt, embeds, num_beams=3, **RULES), expected)
@@ -67,9 +67,9 @@ def test_an_image_that_has_ended_gives_its_place_to_one_that_waits(model, prompt
     rows = []
     step = Decoding.step
 
-    def count(self, first, last, *args, **kwargs):
-        rows.append(last - first)
-        return step(self, first, last, *args, **kwargs)
+    def count(self, here, *args, **kwargs):
+        rows.append(here.stop - here.start)
+        return step(self, here, *args, **kwargs)
 
     monkeypatch.setattr(Decoding, "step", count)
     generate(model.text_decoder, prompt, embeds, batch_size=2, num_beams=2, **RULES)

@@ -31,56 +31,57 @@ class Decoding:
         self.past = torch.zeros(len(images), beams, slots, dtype=torch.bool, device=like.device)
         self.past[..., :prompt] = True
 
-    def put(self, place: int, images: ImageMemory, i: int) -> None:
-        """Let image i of `images` take a place; its past is that of the prompt."""
-        self.images.put(place, images, i)
-        self.past[place] = False
-        self.past[place, :, : self.prompt] = True
+    def put(self, first: int, images: ImageMemory) -> None:
+        """Let images take the places from `first` on; their past is that of the prompt."""
+        here = slice(first, first + len(images))
+        self.images.put(here, images)
+        self.past[here] = False
+        self.past[here, :, : self.prompt] = True
 
-    def move(self, place: int, to: int) -> None:
-        """Let an image take the place of another, which has ended."""
-        self.put(to, self.images, place)
-        self.past[to] = self.past[place]
-        for key, value in self.cache:
-            key[to], value[to] = key[place], value[place]
+    def move(self, places: Tensor, to: Tensor) -> None:
+        """Let images take the places of others, which have ended."""
+        for state in [*self.images.tensors, self.past, *(x for cache in self.cache for x in cache)]:
+            state[to] = state[places]
 
-    def reorder(self, first: int, last: int, parents: Tensor) -> None:
-        """Beams of images first ... last - 1 go on from their `parents` [n, k]."""
-        past = self.past[first:last]
-        self.past[first:last] = past.gather(1, parents[..., None].expand_as(past))
+    def reorder(self, here: slice, parents: Tensor) -> None:
+        """Beams of images go on from their `parents` [n, k]."""
+        past = self.past[here]
+        self.past[here] = past.gather(1, parents[..., None].expand_as(past))
 
-    def read_prompt(self, first: int, last: int, prompt: Tensor) -> Tensor:
-        """Logits [n, 1, V] after the prompt [P], for images first ... last - 1."""
-        n, P = last - first, len(prompt)
+    def read_prompt(self, here: slice, prompt: Tensor) -> Tensor:
+        """Logits [n, 1, V] after the prompt [P], for images `here`."""
+        n, P = here.stop - here.start, len(prompt)
         places = torch.arange(P, device=prompt.device).expand(n, P)
         mask = torch.ones(P, P, dtype=torch.bool, device=prompt.device).tril().expand(n, P, P)
-        return self.step(first, last, prompt.expand(n, P), places, places, mask, last_only=True)
+        return self.step(here, prompt.expand(n, P), places, places, mask, last_only=True)
 
-    def read_tokens(self, tokens: Tensor, lengths: list[int]) -> Tensor:
-        """Logits [n, k, V] after each beam's newest token [n, k]; lengths: of each image's texts, with that token."""
+    def read_tokens(self, tokens: Tensor, length: Tensor, longest: int) -> Tensor:
+        """Logits [n, k, V] after the newest token [n, k] of each beam of the first n images.
+
+        length [n, 1]: of each image's texts, with that token; `longest` is not less. Nothing is read on the host.
+        """
         n, k = tokens.shape
-        position = torch.tensor(lengths, device=tokens.device)[:, None] - 1
-        beam = torch.arange(k, device=tokens.device)
-        slots = self.prompt + (position - self.prompt) * k + beam
+        position = length - 1
+        slots = self.prompt + (position - self.prompt) * k + torch.arange(k, device=tokens.device)
         self.past[:n].scatter_(2, slots[..., None], True)
-        used = self.prompt + (max(lengths) - self.prompt) * k
-        mask = self.past[:n, :, :used]
-        return self.step(0, n, tokens, position.expand(n, k), slots, mask)
+        mask = self.past[:n, :, : text_rows(k, self.prompt, longest)]
+        return self.step(slice(0, n), tokens, position.expand(n, k), slots, mask)
 
     def step(
         self,
-        first: int,
-        last: int,
+        here: slice,
         tokens: Tensor,
         positions: Tensor,
         slots: Tensor,
         mask: Tensor,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits after tokens [n, q], whose keys and values go into `slots`; mask [n, q, used]: the slots each sees."""
+        """Logits after tokens [n, q] of images `here`, whose keys and values go into `slots`.
+
+        mask [n, q, used]: the slots that each token sees.
+        """
         bert = self.decoder.bert
-        here = slice(first, last)
-        rows = torch.arange(first, last, device=tokens.device)[:, None]
+        rows = torch.arange(here.start, here.stop, device=tokens.device)[:, None]
         used = mask.shape[-1]
         x = bert.embeddings(tokens, positions)
         for i, layer in enumerate(bert.encoder.layer):

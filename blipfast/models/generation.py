@@ -136,14 +136,13 @@ def decode(
     sizes = (kind.rows(rules), len(prompt), rules.max_length)
     search: Draws | BeamSearch | None = None
     while waiting.more() or search.active:
-        free = capacity - (search.active if search else 0)
+        free = search.room if search else capacity
         while free and waiting.more():
             chosen = waiting.take(free)
             images = image_memory(decoder.bert.encoder, chosen.embeds, chosen.mask, text_rows(*sizes))
             if search is None:
                 search = kind(rules, prompt, Decoding(decoder, images, *sizes))
                 free = len(chosen.numbers)
-                capacity = free
             search.admit(chosen.numbers, images, chosen.draws)
             free -= len(chosen.numbers)
         for number, texts in search.advance():

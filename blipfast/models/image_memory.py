@@ -45,10 +45,10 @@ class ImageMemory:
     def __len__(self) -> int:
         return len(self.tensors[0])
 
-    def put(self, place: int, others: ImageMemory, i: int) -> None:
-        """Let image i of `others` take the place of another."""
+    def put(self, here: slice, others: ImageMemory) -> None:
+        """Let `others` take the places of images."""
         for mine, theirs in zip(self.tensors, others.tensors, strict=True):
-            mine[place] = theirs[i]
+            mine[here] = theirs
 
     def seen(self, here: slice) -> Tensor | None:
         return None if self.mask is None else self.mask[here, None, None]

@@ -11,102 +11,129 @@ from torch import Tensor
 
 from .decoding import Decoding
 from .image_memory import ImageMemory
+from .replay import Replay, replays
 
 
 class Search:
-    """State of up to C images of which the first `active` run; a subclass says how tokens are chosen."""
+    """State of up to C images of which the first `active` run; a subclass says how tokens are chosen.
+
+    `grow` adds a token to every text without the host: on a GPU it is replayed, always for all C places. Places that
+    are not active compute, too, and are not read.
+    """
 
     def __init__(self, rules, prompt: Tensor, decoding: Decoding):
         self.rules, self.prompt, self.decoding = rules, prompt, decoding
         C, k, device = len(decoding.images), decoding.beams, prompt.device
         self.ids = prompt.new_empty(C, k, rules.max_length)
+        self.length = prompt.new_empty(C, 1)  # of each image's texts
         self.done = torch.empty(C, dtype=torch.bool, device=device)
         self.numbers: list[int] = []
-        self.lengths: list[int] = []
+        self.lengths: list[int] = []  # `length` of the active ones, on the host
         self.draws = torch.empty(C, k, rules.max_length, device=device) if rules.sample else None
+        self.replay = Replay(lambda: self.grow(C, rules.max_length)) if replays(device) else None
 
     @property
     def active(self) -> int:
         return len(self.numbers)
 
+    @property
+    def room(self) -> int:
+        """How many images to take in now. Where steps are replayed, and empty places cost nothing, in fewer goes."""
+        C = len(self.ids)
+        free = C - self.active
+        return free if self.replay is None or 2 * free >= C else 0
+
     def admit(self, numbers: list[int], images: ImageMemory, draws: Tensor | None) -> None:
         """Take images in, and choose the first token of their texts."""
         first, last = self.active, self.active + len(numbers)
         if images is not self.decoding.images:
-            for i in range(len(numbers)):
-                self.decoding.put(first + i, images, i)
+            self.decoding.put(first, images)
         self.numbers += numbers
-        self.lengths += [len(self.prompt)] * len(numbers)
+        self.lengths += [len(self.prompt) + 1] * len(numbers)
         if draws is not None:
             self.draws[first:last] = draws
-        self.reset(first, last)
-        logits = self.decoding.read_prompt(first, last, self.prompt)
-        self.choose(first, last, logits.float())
+        here = slice(first, last)
+        self.reset(here)
+        self.choose(here, self.decoding.read_prompt(here, self.prompt).float())
 
-    def reset(self, first: int, last: int) -> None:
-        """Let images first ... last - 1 begin with the prompt."""
-        self.ids[first:last] = self.prompt[0]  # unwritten places too: the repetition penalty counts it anyway
-        self.ids[first:last, :, : len(self.prompt)] = self.prompt
-        self.done[first:last] = False
+    def reset(self, here: slice) -> None:
+        """Let images begin with the prompt."""
+        self.ids[here] = self.prompt[0]  # unwritten places too: the repetition penalty counts it anyway
+        self.ids[here, :, : len(self.prompt)] = self.prompt
+        self.length[here] = len(self.prompt)
+        self.done[here] = False
 
     def advance(self) -> list[tuple[int, list[list[int]]]]:
         """Retire the images that have all their texts, then add a token to the others' texts."""
         ended = self.retire()
-        if n := self.active:
-            last = torch.tensor(self.lengths, device=self.ids.device)[:, None, None] - 1
-            tokens = self.ids[:n].gather(2, last.expand(n, self.ids.shape[1], 1)).squeeze(2)
-            self.choose(0, n, self.decoding.read_tokens(tokens, self.lengths).float())
+        if self.active:
+            if self.replay is None:
+                self.grow(self.active, max(self.lengths))
+            else:
+                self.replay()
+            self.lengths = [length + 1 for length in self.lengths]
         return ended
+
+    def grow(self, n: int, longest: int) -> None:
+        """Add a token to the texts of the first n images, none of which is longer than `longest`."""
+        length = self.length[:n]
+        tokens = self.ids[:n].gather(2, (length - 1)[..., None].expand(n, self.ids.shape[1], 1)).squeeze(2)
+        self.choose(slice(0, n), self.decoding.read_tokens(tokens, length, longest).float())
 
     def retire(self) -> list[tuple[int, list[list[int]]]]:
-        ended = []
         done = self.done[: self.active].tolist()
-        for place in reversed(range(self.active)):
-            if not done[place] and self.lengths[place] < self.rules.max_length:
-                continue
-            ended.append((self.numbers[place], self.texts(place, done[place])))
-            last = self.active - 1
-            if place < last:
-                self.move(last, place)
-            self.numbers[place], self.lengths[place] = self.numbers[last], self.lengths[last]
-            self.numbers.pop(), self.lengths.pop()
+        leaving = [i for i, length in enumerate(self.lengths) if done[i] or length == self.rules.max_length]
+        if not leaving:
+            return []
+        texts = self.texts(leaving, [i for i in leaving if not done[i]])
+        ended = [(self.numbers[i], each) for i, each in zip(leaving, texts, strict=True)]
+        stay = self.active - len(leaving)
+        free = [i for i in leaving if i < stay]
+        if free:
+            self.move(sorted(set(range(stay, self.active)).difference(leaving)), free)
+        self.numbers, self.lengths = self.numbers[:stay], self.lengths[:stay]
+        self.length[stay:] = len(self.prompt)  # what is not read must not grow beyond the texts' room
         return ended
 
-    def move(self, place: int, to: int) -> None:
-        self.decoding.move(place, to)
+    def move(self, places: list[int], to: list[int]) -> None:
+        """Let images take the places of others, which have ended."""
+        for mine in (self.numbers, self.lengths):
+            for i, j in zip(places, to, strict=True):
+                mine[j] = mine[i]
+        places, to = self.index(places), self.index(to)
+        self.decoding.move(places, to)
         for state in self.states():
-            state[to] = state[place]
+            state[to] = state[places]
+
+    def index(self, places: list[int]) -> Tensor:
+        return torch.tensor(places, device=self.ids.device)
 
     def states(self) -> list[Tensor]:
         """What is kept of each image, [C, ...]."""
-        return [self.ids, self.done] + ([] if self.draws is None else [self.draws])
+        return [self.ids, self.length, self.done] + ([] if self.draws is None else [self.draws])
 
-    def penalise(self, first: int, last: int, scores: Tensor) -> Tensor:
+    def penalise(self, here: slice, scores: Tensor) -> Tensor:
         """Scores [n, k, V] after the repetition penalty and the ban on ending too early."""
         penalty = self.rules.repetition_penalty
-        lengths = self.lengths[first:last]
         if penalty != 1.0:
-            ids = self.ids[first:last, : scores.shape[1], : max(lengths)]
+            ids = self.ids[here, : scores.shape[1]]
             seen = scores.gather(2, ids)
             scores = scores.scatter(2, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
-        if min(lengths) < self.rules.min_length:
-            short = torch.tensor([length < self.rules.min_length for length in lengths], device=scores.device)
-            eos = self.rules.eos_token_id
-            scores[..., eos] = scores[..., eos].masked_fill(short[:, None], -torch.inf)
+        eos = self.rules.eos_token_id
+        scores[..., eos] = scores[..., eos].masked_fill(self.length[here] < self.rules.min_length, -torch.inf)
         return scores
 
-    def write(self, first: int, last: int, tokens: Tensor) -> None:
-        """Append tokens [n, k] to the texts of images first ... last - 1."""
-        place = torch.tensor(self.lengths[first:last], device=tokens.device)[:, None, None]
-        self.ids[first:last].scatter_(2, place.expand(*tokens.shape, 1), tokens[..., None])
-        self.lengths[first:last] = [length + 1 for length in self.lengths[first:last]]
+    def write(self, here: slice, tokens: Tensor) -> None:
+        """Append tokens [n, k] to the texts of images."""
+        self.ids[here].scatter_(2, self.length[here, :, None].expand(*tokens.shape, 1), tokens[..., None])
+        self.length[here] += 1
 
-    def choose(self, first: int, last: int, logits: Tensor) -> None:
-        """Add a token to each text of images first ... last - 1 from logits [n, 1 or k, V]."""
+    def choose(self, here: slice, logits: Tensor) -> None:
+        """Add a token to each text of images from logits [n, 1 or k, V]."""
         raise NotImplementedError
 
-    def texts(self, place: int, done: bool) -> list[list[int]]:
-        """Token ids of an image's texts, the end token included where there is one."""
+    def texts(self, places: list[int], cut: list[int]) -> list[list[list[int]]]:
+        """Token ids of images' texts, the end token included where there is one. cut: images that ran out of room."""
         raise NotImplementedError
 
 
@@ -121,30 +148,30 @@ class Draws(Search):
     def rows(rules) -> int:
         return rules.num_return
 
-    def reset(self, first: int, last: int) -> None:
-        super().reset(first, last)
-        self.ended[first:last] = False
+    def reset(self, here: slice) -> None:
+        super().reset(here)
+        self.ended[here] = False
 
     def states(self) -> list[Tensor]:
         return [*super().states(), self.ended]
 
-    def choose(self, first: int, last: int, logits: Tensor) -> None:
+    def choose(self, here: slice, logits: Tensor) -> None:
         rules, k = self.rules, self.ids.shape[1]
-        scores = self.penalise(first, last, logits.expand(-1, k, -1).contiguous())
+        scores = self.penalise(here, logits.expand(-1, k, -1).contiguous())
         if rules.sample:
-            place = torch.tensor(self.lengths[first:last], device=scores.device)[:, None, None]
-            draw = self.draws[first:last].gather(2, place.expand(len(scores), k, 1))
+            draw = self.draws[here].gather(2, self.length[here, :, None].expand(len(scores), k, 1))
             tokens = sample(nucleus(scores, rules.top_p, rules.top_k).softmax(-1), draw)
         else:
             tokens = scores.argmax(-1)
-        ended = self.ended[first:last]
+        ended = self.ended[here]
         tokens = tokens.masked_fill(ended, rules.pad_token_id)
         ended |= tokens == rules.eos_token_id
-        self.done[first:last] = ended.all(1)
-        self.write(first, last, tokens)
+        self.done[here] = ended.all(1)
+        self.write(here, tokens)
 
-    def texts(self, place: int, done: bool) -> list[list[int]]:
-        return self.ids[place, :, : self.lengths[place]].tolist()
+    def texts(self, places: list[int], cut: list[int]) -> list[list[list[int]]]:
+        found = self.ids[self.index(places)].tolist()
+        return [[ids[: self.lengths[i]] for ids in each] for i, each in zip(places, found, strict=True)]
 
 
 def sample(probability: Tensor, draw: Tensor) -> Tensor:
@@ -179,22 +206,21 @@ class BeamSearch(Search):
     def rows(rules) -> int:
         return rules.num_beams
 
-    def reset(self, first: int, last: int) -> None:
-        super().reset(first, last)
-        self.ended_score[first:last] = -torch.inf
+    def reset(self, here: slice) -> None:
+        super().reset(here)
+        self.ended_score[here] = -torch.inf
 
     def states(self) -> list[Tensor]:
         return [*super().states(), self.score, self.ended_score, self.ended_ids, self.ended_length]
 
-    def choose(self, first: int, last: int, logits: Tensor) -> None:
-        k, here = self.ids.shape[1], slice(first, last)
-        scores = self.penalise(first, last, logits.log_softmax(-1))
+    def choose(self, here: slice, logits: Tensor) -> None:
+        k, length = self.ids.shape[1], self.length[here]
+        scores = self.penalise(here, logits.log_softmax(-1))
         n, live, V = scores.shape  # the first step takes all its candidates from one beam
         if live == k:
             scores = scores + self.score[here, :, None]
         best, index = scores.flatten(1).topk(2 * k)
         beams, tokens = index // V, index % V
-        length = torch.tensor(self.lengths[here], device=scores.device)[:, None]
 
         ends = tokens == self.rules.eos_token_id
         among_best = torch.arange(2 * k, device=scores.device) < k
@@ -210,8 +236,8 @@ class BeamSearch(Search):
         parents = beams.gather(1, running)
         self.score[here] = score
         self.ids[here] = self.ids[here].gather(1, parents[..., None].expand(-1, -1, self.ids.shape[2]))
-        self.decoding.reorder(first, last, parents)
-        self.write(first, last, tokens.gather(1, running))
+        self.decoding.reorder(here, parents)
+        self.write(here, tokens.gather(1, running))
 
     @property
     def generated(self) -> bool:
@@ -222,7 +248,7 @@ class BeamSearch(Search):
         counted = length - len(self.prompt) if self.generated else length
         return log_prob / counted.clamp_min(1) ** self.rules.length_penalty
 
-    def add(self, here: slice, score: Tensor, beams: Tensor, length: Tensor) -> None:
+    def add(self, here: slice | Tensor, score: Tensor, beams: Tensor, length: Tensor) -> None:
         """Keep the best k of the ended texts and new ones: texts `beams` [n, c] of `length` [n, 1]; -inf is none."""
         k, L = self.ids.shape[1:]
         everything = torch.cat([self.ended_score[here], score], 1)
@@ -244,13 +270,12 @@ class BeamSearch(Search):
         worst = self.ended_score[here].amin(1)
         self.done[here] |= worst.isfinite() & (worst >= attainable)
 
-    def texts(self, place: int, done: bool) -> list[list[int]]:
-        here = slice(place, place + 1)
-        if not done:
-            every = torch.arange(self.ids.shape[1], device=self.ids.device)[None]
-            length = torch.tensor([[self.lengths[place]]], device=self.ids.device)
-            self.add(here, self.normalise(self.score[here], length), every, length)
-        count = min(self.rules.num_return, self.ids.shape[1])
-        rows = zip(self.ended_ids[place, :count].tolist(), self.ended_length[place, :count].tolist())
-        texts = [ids[:length] for ids, length in rows]
-        return [ids + [self.rules.eos_token_id] if len(ids) < self.rules.max_length else ids for ids in texts]
+    def texts(self, places: list[int], cut: list[int]) -> list[list[list[int]]]:
+        if cut:
+            here = self.index(cut)
+            every = torch.arange(self.ids.shape[1], device=here.device).expand(len(cut), -1)
+            self.add(here, self.normalise(self.score[here], self.length[here]), every, self.length[here])
+        here, best, L = self.index(places), slice(self.rules.num_return), self.rules.max_length
+        found = zip(self.ended_ids[here, best].tolist(), self.ended_length[here, best].tolist(), strict=True)
+        texts = [[ids[:length] for ids, length in zip(*each, strict=True)] for each in found]
+        return [[ids + [self.rules.eos_token_id] if len(ids) < L else ids for ids in each] for each in texts]

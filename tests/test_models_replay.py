@@ -1,0 +1,133 @@
+"""Decoding as a GPU does it: every step the same for all places, without the host, recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blipfast.models import search
+from blipfast.models.blip import blip_decoder
+from blipfast.models.generation import generate
+from blipfast.models.replay import Replay
+from blipfast.text import train_tokenizer
+
+TOKENIZER = train_tokenizer(["a picture of a dog", "two red apples"], vocab_size=270)
+EOS = TOKENIZER.sep_token_id
+RULES = dict(eos_token_id=EOS, pad_token_id=TOKENIZER.pad_token_id, max_length=12, min_length=5)
+WAYS = [
+    {"num_beams": 3, "num_return": 2, "repetition_penalty": 1.3},
+    {"num_beams": 3, "length_norm": "generated"},
+    {"num_beams": 1},
+    {"sample": True, "num_return": 2},
+]
+
+
+class Host(AssertionError):
+    """A step asked the host for something, or told it something."""
+
+
+class DeviceOnly(TorchDispatchMode):
+    """What a CUDA graph cannot hold is an error: numbers read on the host or uploaded by it, shapes made of numbers."""
+
+    FORBIDDEN = ("_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "_unique2", "equal")
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        indices = [x for x in args[1] if x is not None] if name in ("index", "index_put_") else []
+        if name in self.FORBIDDEN or any(x.dtype == torch.bool for x in indices):
+            raise Host(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+class Repeat:
+    """Replay without a GPU: calls the function, and sees that it could be recorded."""
+
+    calls = 0
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self):
+        Repeat.calls += 1
+        with DeviceOnly():
+            self.function()
+
+
+@pytest.fixture
+def model(small):
+    torch.manual_seed(0)
+    small["med_config"]["initializer_range"] = 0.3  # so that what is said depends on the picture
+    model = blip_decoder(tokenizer=TOKENIZER, **small).eval()
+    with torch.no_grad():
+        model.text_decoder.cls.predictions.bias[EOS] += 4.0  # so that texts end at different lengths
+    return model
+
+
+def texts(model, how, device="cpu", **more):
+    generator = torch.Generator().manual_seed(3)
+    prompt = torch.tensor([TOKENIZER.bos_token_id, 20, 21], device=device)
+    embeds = model.visual_encoder(torch.randn(11, 3, 32, 32, generator=generator).to(device))
+    torch.manual_seed(5)
+    return generate(model.text_decoder, prompt, embeds, **RULES, **how, **more)
+
+
+@pytest.mark.parametrize("batch_size", [11, 4, 1])
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@torch.no_grad()
+def test_steps_of_all_places_without_the_host_give_the_same_texts(model, how, batch_size, monkeypatch):
+    expected = texts(model, how)
+    assert len(set((expected != RULES["pad_token_id"]).sum(1).tolist())) > 1, (
+        "texts of different lengths needed"
+    )
+    monkeypatch.setattr(search, "replays", lambda device: True)
+    monkeypatch.setattr(search, "Replay", Repeat)
+    Repeat.calls = 0
+    assert torch.equal(texts(model, how, batch_size=batch_size), expected)
+    assert Repeat.calls
+
+
+@torch.no_grad()
+def test_waiting_images_come_in_when_half_of_the_places_are_free(model, monkeypatch):
+    """Each admission costs a GPU a step that is not replayed, while an empty place costs it nothing."""
+    admitted = []
+    admit = search.Search.admit
+    monkeypatch.setattr(
+        search.Search,
+        "admit",
+        lambda self, numbers, *rest: (admitted.append(len(numbers)), admit(self, numbers, *rest)),
+    )
+    monkeypatch.setattr(search, "replays", lambda device: True)
+    monkeypatch.setattr(search, "Replay", Repeat)
+    texts(model, {"num_beams": 3}, batch_size=4)
+    assert admitted[0] == 4 and sum(admitted) == 11
+    assert min(admitted[1:-1]) >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@torch.no_grad()
+def test_a_cuda_graph_gives_the_texts_of_steps_run_one_by_one(model, how, dtype, monkeypatch):
+    model.to("cuda", dtype)
+    monkeypatch.setattr(
+        model.visual_encoder, "forward", lambda x, f=model.visual_encoder.forward: f(x.to(dtype))
+    )
+    recorded = {batch_size: texts(model, how, "cuda", batch_size=batch_size) for batch_size in (11, 4)}
+    monkeypatch.setattr(search, "Replay", lambda function: function)
+    for batch_size, ours in recorded.items():
+        assert torch.equal(ours, texts(model, how, "cuda", batch_size=batch_size))
+
+
+@pytest.mark.gpu
+def test_a_function_is_run_once_then_recorded_then_replayed():
+    calls, x = [], torch.zeros(3, device="cuda")
+
+    def function():
+        calls.append(1)
+        x.add_(1)
+
+    replay = Replay(function)
+    for _ in range(5):
+        replay()
+    assert len(calls) == 2 and x.tolist() == [5.0] * 3
