@@ -37,6 +37,7 @@ data/emoji/tokenizer.json: | $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
+	$(if $(GPU),$(VENV)/bin/python -m pytest -m gpu)
 
 seeds: $(VENV)/installed data/emoji/tokenizer.json
 	$(VENV)/bin/python benchmarks/emoji_seeds.py

@@ -95,6 +95,21 @@ def use(default: str | None = None, **by_op: str) -> Iterator[None]:
         _overrides.reset(token)
 
 
+def recompute_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """`context_fn` of torch.utils.checkpoint: what is recomputed, on a thread of autograd's, is served as at first."""
+    present = _overrides.get()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        token = _overrides.set(present)
+        try:
+            yield
+        finally:
+            _overrides.reset(token)
+
+    return contextlib.nullcontext(), again()
+
+
 def describe() -> list[tuple[str, str, str, str]]:
     """(operation, device, backend, why) of every operation on the CPU and, if there is one, the GPU."""
     rows = []

@@ -128,6 +128,7 @@ class Tokenizer:
         self, ids: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = False
     ) -> list[str]:
         """Ids [B, T], or B lists of any lengths, to B texts."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
         rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in ids]
         texts = self.backend.decode_batch(rows, skip_special_tokens=skip_special_tokens)
         return [_clean_up(text) if self._cleans_up else text.replace("\ufffd", "") for text in texts]

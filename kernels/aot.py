@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import importlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -94,10 +95,16 @@ def compile_case(case: AotCase, arch: int) -> Resources:
     )
 
 
+def spills_allowed() -> int:
+    """Bytes: none by the Triton with which the configurations were chosen; its predecessors keep less in registers."""
+    major, minor = map(int, importlib.metadata.version("triton").split(".")[:2])
+    return 0 if (major, minor) >= (3, 9) else 64
+
+
 def problems(case: AotCase, arch: int, resources: Resources) -> list[str]:
     """What forbids shipping a configuration: spills, too much shared memory, no tensor cores where they are meant."""
     found = []
-    if resources.spills:
+    if resources.spills > spills_allowed():
         found.append(f"{resources.spills} bytes of spills")
     limit = SHARED_LIMIT.get(arch, max(SHARED_LIMIT.values()))
     if resources.shared > limit:

@@ -17,13 +17,13 @@ from typing import Any
 FOLDER = Path(__file__).parent / "tables"
 
 
-def lookup(op: str, arch: int, bucket: str = "default") -> MappingProxyType[str, Any]:
-    """The configuration of `op` for compute capability `arch` (80, 90, ...), read-only.
+def lookup(op: str, arch: int, *buckets: str) -> MappingProxyType[str, Any]:
+    """The configuration of `op` for compute capability `arch` (80, 90, ...), read-only: that of the first bucket known.
 
     Falls back to the nearest architecture below and to the bucket "default". Raises FileNotFoundError for an op
-    without a table, ValueError below sm_80, KeyError for an unknown bucket in a table without a default.
+    without a table, ValueError below sm_80, KeyError for unknown buckets in a table without a default.
     """
-    return _entry(op, arch, bucket)[0]
+    return _entry(op, arch, *buckets)[0]
 
 
 def wins(op: str, arch: int, bucket: str = "default") -> bool:
@@ -34,15 +34,15 @@ def wins(op: str, arch: int, bucket: str = "default") -> bool:
 
 
 @functools.cache
-def _entry(op: str, arch: int, bucket: str) -> tuple[MappingProxyType[str, Any], bool]:
+def _entry(op: str, arch: int, *buckets: str) -> tuple[MappingProxyType[str, Any], bool]:
     table = json.loads((FOLDER / f"{op}.json").read_text())
     below = [known for known in map(int, table) if known <= arch]
     if not below:
         raise ValueError(
             f"{op}: no configuration for sm_{arch}; kernels need sm_80 or newer. Use backend 'torch'."
         )
-    buckets = table[str(max(below))]
-    config = dict(buckets[bucket] if bucket in buckets else buckets["default"])
+    shipped = table[str(max(below))]
+    config = dict(shipped[next((bucket for bucket in buckets if bucket in shipped), "default")])
     faster = config.pop("wins", True)
     return MappingProxyType(config), faster
 

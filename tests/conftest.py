@@ -9,10 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels then run on the CPU, slowly
-
-from blipfast import backends  # noqa: E402  (imports Triton)
+from blipfast import backends
 
 torch.set_num_threads(1)
 
@@ -26,6 +23,12 @@ BERT = dict(
     attention_probs_dropout_prob=0.0,
 )
 VIT = dict(width=32, depth=2, heads=4, patch_size=8)
+
+
+def pytest_configure(config) -> None:
+    """Without `-m gpu` all is done on the CPU, and Triton, which reads this when it is imported, interprets kernels."""
+    if config.option.markexpr != "gpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
 
 
 @pytest.fixture
@@ -82,6 +85,6 @@ def poison_empty(monkeypatch) -> None:
 
 def pytest_runtest_setup(item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
+        pytest.skip("needs an NVIDIA GPU and: pytest -m gpu")
     if item.get_closest_marker("aot") and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton: pip install 'blipfast[kernels]'")

@@ -174,6 +174,22 @@ print(sorted({"triton", "torch._dynamo", "transformers", "deepspeed", "matplotli
     assert run.stdout == "[]\n", run.stderr
 
 
+def test_what_is_recomputed_on_another_thread_is_served_as_at_first():
+    with backends.use("torch"):
+        first, again = backends.recompute_contexts()
+    served = []
+
+    def recompute():
+        with again:
+            served.append(backends._forced("look"))
+        served.append(backends._forced("look"))
+
+    thread = threading.Thread(target=recompute)
+    thread.start()
+    thread.join()
+    assert served == ["torch", None]
+
+
 @pytest.mark.gpu
 def test_gpu_choices_are_said_once(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_said", set())

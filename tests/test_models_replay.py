@@ -45,7 +45,7 @@ class Repeat:
 
     calls = 0
 
-    def __init__(self, function):
+    def __init__(self, function, device):
         self.function = function
 
     def __call__(self):
@@ -114,7 +114,7 @@ def test_a_cuda_graph_gives_the_texts_of_steps_run_one_by_one(model, how, dtype,
         model.visual_encoder, "forward", lambda x, f=model.visual_encoder.forward: f(x.to(dtype))
     )
     recorded = {batch_size: texts(model, how, "cuda", batch_size=batch_size) for batch_size in (11, 4)}
-    monkeypatch.setattr(search, "Replay", lambda function: function)
+    monkeypatch.setattr(search, "Replay", lambda function, device: function)
     for batch_size, ours in recorded.items():
         assert torch.equal(ours, texts(model, how, "cuda", batch_size=batch_size))
 
@@ -127,7 +127,7 @@ def test_a_function_is_run_once_then_recorded_then_replayed():
         calls.append(1)
         x.add_(1)
 
-    replay = Replay(function)
+    replay = Replay(function, x.device)
     for _ in range(5):
         replay()
     assert len(calls) == 2 and x.tolist() == [5.0] * 3

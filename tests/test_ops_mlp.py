@@ -211,5 +211,5 @@ def test_more_than_two_to_the_31_elements_are_right():
     with backends.use(mlp="triton"):
         out = mlp(rows, *weights)
         one = mlp(x, *weights)
-    torch.testing.assert_close(out[-64:], one)
-    torch.testing.assert_close(out[64 * 5000 : 64 * 5001], one)
+    for part in (out[-64:], out[64 * 5000 : 64 * 5001]):  # products of other sizes add up in another order
+        torch.testing.assert_close(part, one, rtol=0.02, atol=0.02)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention
 from blipfast.ops.layer_norm import dropout_add_layer_norm
 from blipfast.ops.mlp import gelu_linear
@@ -234,7 +235,8 @@ class BertEncoder(nn.Module):
         for i, layer in enumerate(self.layer):
             past = past_key_values[i] if past_key_values is not None else None
             arguments = (hidden_states, mask, past, encoder_hidden_states, encoder_mask, output_attentions)
-            outputs = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+            how = {"use_reentrant": False, "context_fn": recompute_contexts}
+            outputs = checkpoint(layer, *arguments, **how) if recompute else layer(*arguments)
             hidden_states, key_value, attention, cross = outputs
             every, maps, cross_maps = every + (hidden_states,), maps + (attention,), cross_maps + (cross,)
             if use_cache:

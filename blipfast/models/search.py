@@ -30,7 +30,7 @@ class Search:
         self.numbers: list[int] = []
         self.lengths: list[int] = []  # `length` of the active ones, on the host
         self.draws = torch.empty(C, k, rules.max_length, device=device) if rules.sample else None
-        self.replay = Replay(lambda: self.grow(C, rules.max_length)) if replays(device) else None
+        self.replay = Replay(lambda: self.grow(C, rules.max_length), device) if replays(device) else None
 
     @property
     def active(self) -> int:

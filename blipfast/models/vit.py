@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention, attention_qkv
 from blipfast.ops.layer_norm import add_layer_norm
 from blipfast.ops.mlp import mlp
@@ -122,7 +123,7 @@ class Block(nn.Module):
     def run(self, branch: Callable[..., Tensor], *args) -> Tensor:
         """One of the two branches, recomputed in backward if asked for."""
         if self.use_grad_checkpointing and self.training:
-            return checkpoint(branch, *args, use_reentrant=False)
+            return checkpoint(branch, *args, use_reentrant=False, context_fn=recompute_contexts)
         return branch(*args)
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:

@@ -17,12 +17,12 @@ from ..kernels import table
 def tuned(op: str, bucket: str, tensor: Tensor, interpreted: Mapping[str, Any]) -> Mapping[str, Any]:
     """The table's configuration for the GPU that holds `tensor`, a float; on a CPU, `interpreted`.
 
-    fp32 has a bucket of its own, "float32": its tiles take twice the shared memory.
+    fp32 may have a bucket of its own, "float32": tiles of matrix products take twice the shared memory then.
     """
     if not tensor.is_cuda:
         return interpreted
-    bucket = "float32" if tensor.dtype == torch.float32 else bucket
-    return table.lookup(op, backends.arch(tensor.device.index), bucket)
+    buckets = ("float32", bucket) if tensor.dtype == torch.float32 else (bucket,)
+    return table.lookup(op, backends.arch(tensor.device.index), *buckets)
 
 
 def input_precision() -> str:

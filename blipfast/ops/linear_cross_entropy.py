@@ -191,6 +191,9 @@ def _forward(
     make = weight.new_empty if T else weight.new_zeros  # the first product fills it
     dweight = make(V if gradient else 0, D, dtype=torch.float32)
     rows = -(-T // max(1, -(-T // _rows(hidden.device.type))))  # all chunks of about one size
+    rows += (
+        -rows % 16 if rows > 16 else 0
+    )  # and aligned: Triton compiles a kernel anew for pointers that are not
     columns, step = V, _torch_step
     if backend == "triton":
         columns, step = -(-V // 64) * 64, _triton_step  # the kernel and the products like aligned rows

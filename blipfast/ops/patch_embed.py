@@ -137,7 +137,7 @@ def _dw(dy, images, patch_size):
     from ..kernels.patch_embed import patch_embed_dw
 
     config, programs = (
-        tuned("patch_embed", "backward", images, INTERPRETED),
+        tuned("patch_embed", "backward", dy, INTERPRETED),
         2 * multiprocessors(images.device),
     )
     return patch_embed_dw(dy, images, patch_size, input_precision(), programs, config)
