@@ -9,6 +9,7 @@ import blipfast.models.blip_pretrain as pretrain_module
 from blipfast.models.blip_pretrain import BLIP_Pretrain, blip_pretrain, caption_ids
 from blipfast.models.blip_retrieval import blip_retrieval
 from blipfast.models.momentum import MatchingPairs, hard_negatives
+from blipfast.transfer import ToHost
 
 CAPTIONS = ["a cat", "a small dog", "two birds", "the sea"]
 
@@ -43,6 +44,24 @@ def test_hard_negatives_survive_underflow_and_rows_without_candidates():
     index, exists = hard_negatives(weights, forbidden)
     assert exists.tolist() == [True, False, True]
     assert index[0] in (1, 2) and index[2] in (0, 1)
+
+
+def test_pairs_are_the_batch_then_the_negatives_that_were_sent(small):
+    model = blip_pretrain(queue_size=5, **small)
+    text = torch.tensor([2, 0, 1]), torch.tensor([True, True, False])
+    image = torch.tensor([1, 2, 0]), torch.tensor([False, True, True])
+    pairs = model.matching_pairs(model.send_negatives(text, image))
+    assert pairs.texts == [0, 1, 2, 2, 0, 1, 0, 1, 2] and pairs.images == [0, 1, 2, 0, 1, 2, 1, 2, 0]
+    assert pairs.labels == [1] * 3 + [0] * 6
+    assert pairs.counts == [True] * 3 + [True, True, False] + [False, True, True]
+
+
+@pytest.mark.gpu
+def test_what_was_sent_to_the_host_is_what_it_was_then():
+    x = torch.arange(1000, device="cuda")
+    sent = ToHost(x)
+    x.zero_()
+    assert sent.read().tolist() == list(range(1000))
 
 
 def test_matching_loss_leaves_out_pairs_that_do_not_count(small):

@@ -134,7 +134,7 @@ def state(params, **more):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gradients_may_be_half_and_are_scaled_not_written(dtype, backend):
+def test_gradients_may_be_half_and_are_scaled(dtype, backend):
     ours, theirs = ([p.detach() for p in model()] for _ in range(2))
     plain = torch.optim.AdamW(theirs, fused=True, weight_decay=0.01)
     scale = torch.tensor([0.25])
@@ -144,9 +144,29 @@ def test_gradients_may_be_half_and_are_scaled_not_written(dtype, backend):
     for p, grad in zip(theirs, kept):
         p.grad = grad.float() * 0.25
     plain.step()
-    assert all(map(torch.equal, grads, kept))
     for p, q in zip(ours, theirs):
         assert_near(p, q)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_makes_it_a_step_without_gradients(scale, backend):
+    params = model()
+    averages = averages_of(params)
+    optimizer = AdamWEma(params, averages, weight_decay=0.1)
+    give_gradients(params, 0)
+    optimizer.step(momentum=0.9, grad_scale=torch.tensor(1.0))
+    before = copy.deepcopy([(p.detach(), a, optimizer.state[p]) for p, a in averages])
+    for p in params:
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.momentum, optimizer.grad_scale = 0.75, torch.tensor(scale)
+    optimizer.step()  # takes its arguments from the attributes
+    for (p, average), (weight, old, state) in zip(averages, before):
+        assert torch.equal(p.detach(), weight)
+        assert all(torch.equal(optimizer.state[p][key], value) for key, value in state.items())
+        assert_near(average, 0.75 * old + 0.25 * weight)
+    give_gradients(params, 1)
+    optimizer.step(grad_scale=torch.tensor(1.0))
+    assert all(optimizer.state[p]["step"] == 2 and p.isfinite().all() for p in params)
 
 
 def test_copies_are_the_rounded_weights_and_averages(backend, poison_empty):
@@ -239,6 +259,8 @@ def test_gradients_without_state_and_groups_that_disagree_are_refused(backend):
     with pytest.raises(ValueError, match="no optimizer state"):
         FusedStep([P])([P], lr=0.1)
     params = model(shapes=[(3,), (4,)])
+    with pytest.raises(ValueError, match="a weight has two averages"):
+        AdamWEma(params, [(params[0], torch.zeros(3)), (params[0], torch.zeros(3))])
     with pytest.raises(ValueError, match="groups must agree"):
         AdamWEma([{"params": params[:1], "lr": 1.0}, {"params": params[1:]}]).step()
 

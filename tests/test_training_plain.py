@@ -10,9 +10,13 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from blipfast import backends
 from blipfast import train as train_command
 from blipfast.config import Config, TrainConfig, load_config
+from blipfast.ops.adamw import AdamWEma
 from blipfast.training import checkpoint, deepspeed_engine, distributed, loop, optimizer
 from blipfast.training.ema import MomentumEncoders
 from blipfast.training.engine import Engine
@@ -103,7 +107,7 @@ def test_the_apex_of_pypi_is_told_apart_from_nvidias(monkeypatch):
         optimizer.build_optimizer(TrainConfig(optimizer="apex"), toy_run.ToyModel(0.0), CPU.device)
 
 
-def test_the_plain_engine_steps_as_torch_adamw_with_accumulation_and_clipping():
+def test_the_plain_engine_steps_as_torch_adamw_with_accumulation_clipping_and_averages():
     config = Config(train=TrainConfig(accumulation=2, grad_clip=0.5, weight_decay=0.1, lr=1e-2))
     torch.manual_seed(0)
     model, reference = toy_run.ToyModel(0.0), toy_run.ToyModel(0.0)
@@ -115,21 +119,54 @@ def test_the_plain_engine_steps_as_torch_adamw_with_accumulation_and_clipping():
         batches = [{"index": torch.arange(4) + 8 * step + 4 * micro} for micro in range(2)]
         for batch in batches:
             engine.forward_backward(batch, alpha=0.0)
-        norm = engine.step(1e-2)
+        norm = engine.step(1e-2, momentum=0.75)
         sum(reference(batch, alpha=0.0)["loss"] / 2 for batch in batches).backward()
         reference.unused.weight.grad, reference.unused.bias.grad = torch.zeros(1, 3), torch.zeros(1)
         want = torch.nn.utils.clip_grad_norm_(trained, 0.5)
         adamw.step()
         adamw.zero_grad()
-        assert norm == pytest.approx(want.item(), rel=1e-5)
+        with torch.no_grad():
+            for p, average in reference.momentum_pairs():
+                average.lerp_(p, 0.25)
+        assert norm.item() == pytest.approx(want.item(), rel=1e-5)
     for (name, a), b in zip(model.named_parameters(), reference.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_step_of_adamw_has_no_number_of_the_gpus_read_by_the_host(clip):
+    """On tensors that hold no numbers reading one raises. Such a tensor has no address, which the kernel needs."""
+    with FakeTensorMode(), backends.use(adamw="torch"):
+        weights = [torch.nn.Parameter(torch.empty(3, device="cuda")) for _ in range(4)]
+        engine = Engine.__new__(Engine)
+        engine.trained, engine.clip = weights, clip
+        groups = [{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:], "weight_decay": 0.0}]
+        engine.optimizer = AdamWEma(groups, [(p, torch.empty_like(p)) for p in weights])
+        optimizer.init_state(engine.optimizer, weights)
+        for p in weights:
+            p.grad = torch.empty_like(p)
+        assert engine.step(1e-3, momentum=0.9).is_cuda
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_leaves_the_weights_alone(name, clip):
+    settings = TrainConfig(optimizer=name, grad_clip=clip, lr=1e-2)
+    engine = Engine(Config(train=settings), toy_run.ToyModel(0.0), CPU)
+    engine.forward_backward({"index": torch.arange(4)}, alpha=0.0)
+    engine.model.temp.grad.fill_(math.inf)
+    before = [p.detach().clone() for p in engine.trained]
+    assert not engine.step(1e-2, momentum=0.9).isfinite()
+    assert all(map(torch.equal, engine.trained, before))
 
 
 # ---------------------------------------------------------------------------------------------------- momentum
 
 
-def test_momentum_encoders_follow_optimizer_steps_not_micro_batches(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["adamw", "muon"]
+)  # one averages in the optimizer's pass, the other after it
+def test_momentum_encoders_follow_optimizer_steps_not_micro_batches(tmp_path, name):
     """After n steps with accumulation 2 the average has moved n times, with the weights after each step."""
     averages, online = [], []
 
@@ -143,7 +180,7 @@ def test_momentum_encoders_follow_optimizer_steps_not_micro_batches(tmp_path):
             online.append(self.model.blocks[0].weight.detach().clone())
             averages.append(self.model.blocks_m[0].weight.clone())
 
-    train(tmp_path, build=Task)
+    train(tmp_path, f"train.optimizer={name}", build=Task)
     assert len(online) == 6
     for before, weight, after in zip(averages, online, averages[1:]):
         torch.testing.assert_close(after, 0.9 * before + (1 - 0.9) * weight)
@@ -321,6 +358,85 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_samples(tmp_path,
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step_0000002"]
 
 
+# ---------------------------------------------------------------------------------------------------- late flags
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The host reads a step's flags after it has enqueued the next, as on a GPU."""
+    begin = loop._Trainer.__init__
+
+    def lagging(self, *arguments):
+        begin(self, *arguments)
+        self.lag = 1
+
+    monkeypatch.setattr(loop._Trainer, "__init__", lagging)
+
+
+@pytest.mark.parametrize(
+    "log_every, save_every, recorded, saved",
+    [(1, 2, [1, 2, 3], ["step_0000002"]), (100, 4, [], []), (100, 5, [], []), (3, 3, [3], ["step_0000003"])],
+)
+def test_a_loss_read_late_is_of_the_right_step_and_nothing_of_it_is_kept(
+    tmp_path, monkeypatch, late, log_every, save_every, recorded, saved
+):
+    batches = list(toy_run.ToyLoader(101, 4, 42, 0, 1, 2).iterate(0))
+    samples = [int(i) for batch in batches[6:8] for i in batch["index"]]  # of the fourth step
+    monkeypatch.setenv("TOY_NAN_AT", str(samples[1]))
+    with pytest.raises(NotFinite, match="step 4 .*the loss is .*nan") as error:
+        train(tmp_path, f"train.log_every={log_every}", f"train.save_every={save_every}")
+    assert f"samples {samples}" in str(error.value)
+    assert sorted(losses(tmp_path)) == recorded
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == saved
+
+
+def test_a_gradient_read_late_stops_before_the_checkpoint(tmp_path, monkeypatch, late):
+    monkeypatch.setenv("TOY_INFINITE_GRADIENT", "1")
+    with pytest.raises(NotFinite, match=r"step 1 \(rank 0\): the gradient's norm is"):
+        train(tmp_path, "train.log_every=100")
+    assert not list(tmp_path.rglob("*.safetensors")) and not losses(tmp_path)
+
+
+def test_a_loss_read_late_stops_before_the_evaluation(tmp_path, monkeypatch, late):
+    *_, last = toy_run.ToyLoader(101, 4, 42, 0, 1, 2).iterate(0)
+    monkeypatch.setenv("TOY_NAN_AT", str(int(last["index"][0])))
+    with pytest.raises(NotFinite, match="step 12 "):
+        train(
+            tmp_path,
+            "train.max_steps=15",
+            "train.evaluate_every=1",
+            "train.save_every=100",
+            "train.log_every=5",
+        )
+    assert not [record for record in launch.records(tmp_path) if "event" in record]
+
+
+def test_flags_read_late_change_nothing_of_a_run(tmp_path, finished, late):
+    assert train(tmp_path / "late", "train.log_every=2") == 0
+    kept = losses(tmp_path / "late", "grad_norm")
+    assert kept == {step: norm for step, norm in losses(finished, "grad_norm").items() if step % 2 == 0}
+    for name in ("weight", "exp_avg", "buffers"):
+        one, other = (
+            load_file(run / f"checkpoints/step_0000006/{name}.safetensors")
+            for run in (tmp_path / "late", finished)
+        )
+        assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_a_signal_read_late_stops_one_step_later_with_a_checkpoint(tmp_path, late):
+    class Task(toy_run.ToyTask):
+        def alpha(self, step, steps_per_epoch):
+            if step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return super().alpha(step, steps_per_epoch)
+
+    settings = ["train.save_every=0", "train.log_every=100"]
+    assert train(tmp_path, *settings, build=Task) == 0
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step_0000004"]
+    assert train(tmp_path, *settings) == 0
+    assert max(losses(tmp_path)) == 6
+
+
 def test_deepspeed_settings_that_contradict_the_train_section_name_both():
     config = Config(deepspeed={"gradient_accumulation_steps": 4}, train=TrainConfig(accumulation=2))
     with pytest.raises(
@@ -353,6 +469,9 @@ def test_the_deepspeed_section_is_handed_on_as_it_is_and_completed():
     assert ds["zero_optimization"] == section["zero_optimization"] and ds["bf16"] == section["bf16"]
     assert ds["gradient_clipping"] == 1.0 and ds["zero_force_ds_cpu_optimizer"] is False
     assert "gradient_clipping" not in section, "the config itself is not changed"
+    assert ds["timers"] == {"throughput": {"enabled": False}}, "it would stop the GPU twice a micro-batch"
+    timers = {"throughput": {"enabled": True}}
+    assert deepspeed_engine.deepspeed_config(Config(deepspeed={"timers": timers}), 1)["timers"] == timers
 
 
 def test_several_processes_without_deepspeed_are_told_to_install_it(monkeypatch):

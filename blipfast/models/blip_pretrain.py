@@ -17,7 +17,7 @@ from .checkpoint import load_bert, load_vit
 from .med import BertLMHeadModel, BertModel
 from .momentum import MomentumModel, hard_negatives
 from .packed import ImageStates, Part, all_states, image_states, language_loss, language_part, run
-from .packing import Ragged
+from .packing import Ragged, Rows
 from .vit import create_vit
 
 
@@ -103,7 +103,7 @@ class BLIP_Pretrain(MomentumModel):
             text_feat_m = self.text_features(self.text_encoder_m, self.text_proj_m, text).float()
 
         # ITC
-        caption_id = caption_ids(texts).to(device)
+        caption_id = caption_ids(texts).to(device, non_blocking=True)
         keys_i, keys_t, key_id = image_feat_m, text_feat_m, caption_id
         if self.negative_all_rank:
             keys_i, keys_t, key_id = (gather.concat_all_gather(x) for x in (keys_i, keys_t, key_id))
@@ -128,14 +128,13 @@ class BLIP_Pretrain(MomentumModel):
         with torch.no_grad():
             text_negative = hard_negatives(sim_i2t.softmax(1) + 1e-4, same)
             image_negative = hard_negatives(sim_t2i.softmax(1) + 1e-4, same)
-        pairs = self.matching_pairs(text_negative, image_negative)
-        candidates = texts
-        if self.negative_all_rank:
-            candidates = gather.gather_texts(texts, self.max_tokens, device)
-        paired = Ragged.of([candidates[i] for i in pairs.texts], device, self.tokenizer.enc_token_id)
-        matching = Part(self.text_encoder, paired, kept=(0, 1))
+        negatives = self.send_negatives(text_negative, image_negative)
+        candidates = self.candidates(texts, self.max_tokens, device)
         language = language_part(self.text_decoder, Ragged.of(texts, device, self.tokenizer.bos_token_id))
         images = image_states(self.text_encoder.encoder, image_embeds)
+        pairs, candidates = self.matching_pairs(negatives), candidates()
+        paired = Ragged.of([candidates[i] for i in pairs.texts], device, self.tokenizer.enc_token_id)
+        matching = Part(self.text_encoder, paired, kept=(0, 1))
         itm_states, lm_states = run([matching, language], images, [pairs.images, None])
         loss_itm, accuracy = self.matching_loss(itm_states, pairs)
         loss_lm = language_loss(self.text_decoder, language, lm_states)
@@ -153,14 +152,17 @@ class BLIP_Pretrain(MomentumModel):
         themselves. Not in BLIP's paper; the objective is BERT's and ALBEF's.
         """
         device = images.layers[0][0].device
-        text = Ragged.of(texts, device, self.tokenizer.enc_token_id)
+        # masked on the host, which then knows how many words are read
+        text = Ragged.of(texts, "cpu", self.tokenizer.enc_token_id)
         words = (text.ids != self.tokenizer.sep_token_id) & (text.rows.position > 0)
         masked, chosen = mask_words(
             text.ids, words, self.mlm_probability, self.tokenizer.mask_token_id, len(self.tokenizer)
         )
-        states = all_states(self.text_encoder, Ragged(masked, text.rows), images)
+        read = chosen.nonzero().squeeze(1)
+        masked, labels, chosen = (x.to(device, non_blocking=True) for x in (masked, text.ids[read], read))
+        states = all_states(self.text_encoder, Ragged(masked, Rows(text.rows.lengths, device)), images)
         logits = self.text_decoder.cls(states[chosen])
-        return F.cross_entropy(logits.float(), text.ids[chosen], reduction="sum") / chosen.sum().clamp_min(1)
+        return F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(read))
 
 
 def mask_words(

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from blipfast.ops.contrastive import contrastive_loss
 from blipfast.text import init_tokenizer
 
-from . import gather
 from .blip import load_complete, text_config
 from .gather import GatherLayer, all_gather_with_grad, concat_all_gather
 from .med import BertModel
@@ -69,13 +68,29 @@ class BLIP_Retrieval(MomentumModel):
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
         text_feat = self.text_features(self.text_encoder, self.text_proj, text)
+
+        # ITM's negatives, first, because the host waits for them
+        with torch.no_grad():
+            idx = idx.view(-1).to(device, non_blocking=True)
+            other_image, other_text, other_idx = image_feat, text_feat, idx
+            if self.negative_all_rank:
+                other_image, other_text, other_idx = (
+                    concat_all_gather(x) for x in (image_feat, text_feat, idx)
+                )
+            same = idx[:, None] == other_idx[None]
+            temp = self.temp.float()
+            text_weights = (image_feat.float() @ other_text.float().t() / temp).masked_fill(same, -torch.inf)
+            image_weights = (text_feat.float() @ other_image.float().t() / temp).masked_fill(same, -torch.inf)
+            text_negative = hard_negatives(text_weights.softmax(1).nan_to_num(), same)
+            image_negative = hard_negatives(image_weights.softmax(1).nan_to_num(), same)
+            negatives = self.send_negatives(text_negative, image_negative)
+            candidates = self.candidates(texts, MAX_TOKENS, device)
+
+        # ITC
         with torch.no_grad():
             class_state = self.visual_encoder_m(image, class_only=True)[:, 0]
             image_feat_m = F.normalize(self.vision_proj_m(class_state), dim=-1).float()
             text_feat_m = self.text_features(self.text_encoder_m, self.text_proj_m, text).float()
-
-        # ITC
-        idx = idx.view(-1).to(device)
         ids = {"query_ids": idx, "key_ids": idx, "queue_ids": self.idx_queue[0]}
         loss_i2t, _ = contrastive_loss(
             image_feat, image_feat_m, text_feat_m, self.text_queue, self.temp, alpha, **ids
@@ -86,20 +101,7 @@ class BLIP_Retrieval(MomentumModel):
         self.end_forward(image_feat_m, text_feat_m, idx)
 
         # ITM
-        with torch.no_grad():
-            other_image, other_text, other_idx, candidates = image_feat, text_feat, idx, texts
-            if self.negative_all_rank:
-                other_image, other_text, other_idx = (
-                    concat_all_gather(x) for x in (image_feat, text_feat, idx)
-                )
-                candidates = gather.gather_texts(texts, MAX_TOKENS, device)
-            same = idx[:, None] == other_idx[None]
-            temp = self.temp.float()
-            text_weights = (image_feat.float() @ other_text.float().t() / temp).masked_fill(same, -torch.inf)
-            image_weights = (text_feat.float() @ other_image.float().t() / temp).masked_fill(same, -torch.inf)
-            text_negative = hard_negatives(text_weights.softmax(1).nan_to_num(), same)
-            image_negative = hard_negatives(image_weights.softmax(1).nan_to_num(), same)
-        pairs = self.matching_pairs(text_negative, image_negative)
+        pairs, candidates = self.matching_pairs(negatives), candidates()
         paired = Ragged.of([candidates[i] for i in pairs.texts], device, self.tokenizer.enc_token_id)
         images = image_states(self.text_encoder.encoder, image_embeds)
         loss_itm, _ = self.matching_loss(first_states(self.text_encoder, paired, images, pairs.images), pairs)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from blipfast.transfer import ToHost
 
 
 def world_size() -> int:
@@ -46,11 +51,13 @@ def all_gather_with_grad(tensor: Tensor) -> Tensor:
     return tensor if world_size() == 1 else torch.cat(GatherLayer.apply(tensor))
 
 
-def gather_texts(texts: list[list[int]], longest: int, device) -> list[list[int]]:
-    """Token ids of every rank's texts, in rank order. No text is longer than `longest`."""
-    if world_size() == 1:
-        return texts
-    table = torch.full((len(texts), longest), -1, device=device)
+def gather_texts(texts: list[list[int]], longest: int, device) -> Callable[[], list[list[int]]]:
+    """A function that waits for, and returns, token ids of every rank's texts, in rank order.
+
+    No text is longer than `longest`.
+    """
+    table = np.full((len(texts), longest), -1)
     for row, text in zip(table, texts):
-        row[: len(text)] = torch.tensor(text, device=device)
-    return [[token for token in row if token >= 0] for row in concat_all_gather(table).tolist()]
+        row[: len(text)] = text
+    coming = ToHost(concat_all_gather(torch.from_numpy(table).to(device, non_blocking=True)))
+    return lambda: [[token for token in row if token >= 0] for row in coming.read().tolist()]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from blipfast.transfer import ToHost
 
 from . import gather
 from .packed import first_states
@@ -100,28 +103,39 @@ class MomentumModel(nn.Module):
         """Projected, normalised features [B, E] of packed texts."""
         return F.normalize(projection(first_states(encoder, text)), dim=-1)
 
-    def matching_pairs(
-        self, text_negative: tuple[Tensor, Tensor], image_negative: tuple[Tensor, Tensor]
-    ) -> MatchingPairs:
-        """ITM's pairs: the batch's own, a hard text for every image, a hard image for every text.
+    def candidates(self, texts: list[list[int]], longest: int, device) -> Callable[[], list[list[int]]]:
+        """A function that returns the texts that negatives are drawn from, the batch's or those of all ranks."""
+        if self.negative_all_rank and gather.world_size() > 1:
+            return gather.gather_texts(texts, longest, device)
+        return lambda: texts
 
-        The negatives are what `hard_negatives` gives, among this rank's B samples or among those of all ranks. A text
-        whose hard image lies on another rank is scored there, so that no image travels.
+    def send_negatives(
+        self, text_negative: tuple[Tensor, Tensor], image_negative: tuple[Tensor, Tensor]
+    ) -> ToHost:
+        """Send the host a hard text for every image and a hard image for every text, as `hard_negatives` gives them.
+
+        They are among this rank's B samples or among those of all ranks; then it gets the images of all ranks' texts.
         """
-        (text, has_text), (image, has_image) = text_negative, image_negative
-        B = len(text)
+        text, image = torch.stack(text_negative, 1), torch.stack(image_negative, 1)
+        return ToHost(torch.cat([text, gather.concat_all_gather(image) if self.negative_all_rank else image]))
+
+    def matching_pairs(self, negatives: ToHost) -> MatchingPairs:
+        """ITM's pairs: the batch's own, and the negatives that were sent.
+
+        The one time in a step that the host waits for the device, because packed texts need their lengths there: call
+        it late. A text whose hard image lies on another rank is scored there, so that no image travels.
+        """
+        drawn = negatives.read()
+        B = len(drawn) // (1 + (gather.world_size() if self.negative_all_rank else 1))
         offset = gather.rank() * B if self.negative_all_rank else 0
-        if self.negative_all_rank:
-            image, has_image = gather.concat_all_gather(image), gather.concat_all_gather(has_image)
-        # the one time that the host waits for the device: packed texts need their lengths
-        text, has_text, image, has_image = (x.tolist() for x in (text, has_text, image, has_image))
+        (text, has_text), (image, has_image) = drawn[:B].t().tolist(), drawn[B:].t().tolist()
         here = [i for i, chosen in enumerate(image) if offset <= chosen < offset + B]
         own = list(range(offset, offset + B))
         return MatchingPairs(
             texts=own + text + here,
             images=[*range(B), *range(B), *(image[i] - offset for i in here)],
             labels=[1] * B + [0] * (B + len(here)),
-            counts=[True] * B + has_text + [has_image[i] for i in here],
+            counts=[*[True] * B, *map(bool, has_text), *(bool(has_image[i]) for i in here)],
         )
 
     def matching_loss(self, states: Tensor, pairs: MatchingPairs) -> tuple[Tensor, Tensor]:
@@ -131,8 +145,8 @@ class MomentumModel(nn.Module):
         the mean over all pairs.
         """
         logits = self.itm_head(states).float()
-        labels = torch.tensor(pairs.labels, device=logits.device)
-        counts = torch.tensor(pairs.counts, dtype=torch.float32, device=logits.device)
+        labels = torch.tensor(pairs.labels).to(logits.device, non_blocking=True)
+        counts = torch.tensor(pairs.counts, dtype=torch.float32).to(logits.device, non_blocking=True)
         total = counts.sum()
         if self.negative_all_rank:
             total = gather.concat_all_gather(total[None]).mean()
@@ -183,7 +197,8 @@ class MomentumModel(nn.Module):
 
 def sample_negatives(weights: Tensor) -> Tensor:
     """One column a row of `weights` [B, K] >= 0, drawn in proportion, in one call on the device: [B] int64."""
-    return torch.multinomial(weights, 1).squeeze(1)
+    # what torch.multinomial does for one draw, without its twenty launches that check the weights
+    return (weights / torch.empty_like(weights).exponential_()).argmax(1)
 
 
 def hard_negatives(weights: Tensor, forbidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,16 +102,20 @@ class FusedStep:
     ) -> None:
         """Update everything in place, `steps` too. A parameter whose gradient is None stays; its average still moves.
 
-        grads: fp32, fp16 or bf16, one dtype. momentum: the averages become momentum * average + (1 - momentum) * new
-        weight; None leaves them. grad_scale: fp32 scalar on the device by which gradients count, the coefficient of
-        clipping for instance; the gradients themselves are not written.
+        grads: fp32, fp16 or bf16, one dtype; what is in them afterwards is not defined. momentum: the averages become
+        momentum * average + (1 - momentum) * new weight; None leaves them. grad_scale: fp32 scalar on the device by
+        which gradients count, the coefficient of clipping for instance; one that is not finite makes it a step
+        without gradients, and the host need not know.
         """
         if not self.params:
             return
         grads = self._checked(grads, grad_scale)
         trained = [i for i, grad in enumerate(grads) if grad is not None]
         if trained:
-            torch._foreach_add_([self.steps[i] for i in trained], 1)
+            counted: float | list[Tensor] = 1
+            if grad_scale is not None:  # a list, because foreach has the host read a lone tensor
+                counted = [grad_scale.isfinite().float().reshape(())] * len(trained)
+            torch._foreach_add_([self.steps[i] for i in trained], counted)
         if backends.choose(OP, self.params[0]) == "torch":
             self._torch(grads, trained, lr, betas, eps, momentum, grad_scale)
         else:
@@ -138,18 +142,20 @@ class FusedStep:
         return [grad if grad is None else grad.contiguous() for grad in grads]
 
     def _torch(self, grads, trained, lr, betas, eps, momentum, grad_scale) -> None:
+        divisor = skipped = None
+        if grad_scale is not None:
+            skipped = 1 - grad_scale.isfinite().float()
+            on_gpu = grad_scale.is_cuda  # elsewhere looking at it costs nothing, and a pass is saved
+            divisor = grad_scale.reciprocal() if on_gpu or grad_scale != 1 else None
         for decay in sorted(set(self.decays)):
             chosen = [i for i in trained if self.decays[i] == decay]
             if not chosen:
                 continue
             lists = (self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps)
             params, found, first, second, steps = ([values[i] for i in chosen] for values in lists)
-            found = [grad.float() for grad in found]
-            if grad_scale is not None:
-                found = torch._foreach_mul(found, grad_scale.reshape(()))
             torch._fused_adamw_(
                 params,
-                found,
+                [grad.float() for grad in found],
                 first,
                 second,
                 [],
@@ -161,6 +167,8 @@ class FusedStep:
                 eps=eps,
                 amsgrad=False,
                 maximize=False,
+                grad_scale=divisor,
+                found_inf=skipped,
             )
         if momentum is not None:
             pairs = [(a, p) for a, p in zip(self.averages, self.params) if a is not None]
@@ -176,6 +184,9 @@ class FusedStep:
         if self._chunk != config["chunk"]:
             self._chunk, self._chunks = config["chunk"], self._cut(config["chunk"])
         table, aligned = self._addresses(grads)
+        if grad_scale is not None:
+            table = table.clone()
+            table[:, 1] *= grad_scale.isfinite()  # the gradients' addresses: 0, there is none
         dtype = grads[trained[0]].dtype if trained else torch.float32
         on_its_gpu(kernel.step)(
             table,
@@ -226,9 +237,10 @@ def _copy(targets: Some, sources: Some) -> None:
 class AdamWEma(torch.optim.AdamW):
     """torch.optim.AdamW whose `step(momentum=m)` also moves averages of the weights.
 
-    averages: (weight, average) pairs as `model.momentum_pairs()` gives them; a weight that is not optimised (frozen)
-    is averaged as well. State, its keys and checkpoints are those of torch.optim.AdamW(fused=True). All groups must
-    agree in lr, betas and eps when stepping; weight decay may differ. ValueError otherwise.
+    averages: (weight, average) pairs as `model.momentum_pairs()` gives them, one a weight; a weight that is not
+    optimised (frozen) is averaged as well. State, its keys and checkpoints are those of torch.optim.AdamW(fused=True).
+    All groups must agree in lr, betas and eps when stepping; weight decay may differ. ValueError otherwise.
+    Whoever cannot pass arguments to `step`, as DeepSpeed, sets the attributes `momentum` and `grad_scale` instead.
     """
 
     def __init__(
@@ -242,7 +254,11 @@ class AdamWEma(torch.optim.AdamW):
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # a GradScaler unscales before it calls step
+        self.momentum: float | None = None
+        self.grad_scale: Tensor | None = None
         self._pairs = list(averages)
+        if len({id(weight) for weight, _ in self._pairs}) < len(self._pairs):
+            raise ValueError(f"{OP}: a weight has two averages; it may have one")
         self._fused: tuple[list[object], FusedStep] | None = None
 
     @torch.no_grad()
@@ -254,6 +270,8 @@ class AdamWEma(torch.optim.AdamW):
         grad_scale: Tensor | None = None,
     ):
         """One update; `momentum` and `grad_scale` as in FusedStep. Without momentum the averages stay."""
+        momentum = self.momentum if momentum is None else momentum
+        grad_scale = self.grad_scale if grad_scale is None else grad_scale
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -71,6 +71,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         ds[key] = value
     if train.optimizer != "deepspeed":
         ds.setdefault("zero_force_ds_cpu_optimizer", False)  # offload works with torch's AdamW too
+    # its timer of samples a second, which our log has too, stops the GPU twice a micro-batch
+    ds.setdefault("timers", {"throughput": {"enabled": False}})
     zero = ds.setdefault("zero_optimization", {})
     if ds.get("bf16", {}).get("enabled") and not zero.get("stage"):
         zero["stage"] = 1
@@ -146,7 +148,9 @@ class DeepSpeedEngine(Engine):
         )
         offload = (zero.get("offload_optimizer") or {}).get("device") == "cpu"
         self.states = state_names(config.train, model)
-        optimizer = build_optimizer(config.train, model.to(world.device), world.device, offload)
+        optimizer = build_optimizer(
+            config.train, model.to(world.device), world.device, offload, whole=self.stage == 0
+        )
         with _scalars_viewable():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=ds
@@ -174,16 +178,18 @@ class DeepSpeedEngine(Engine):
             self.engine.step()  # only counts the micro-batch
         return {name: value.detach() for name, value in outputs.items()}
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, momentum: float) -> torch.Tensor:
+        if self.stage == 0:
+            return super().step(learning_rate, momentum)
         self.set_learning_rate(learning_rate)
-        norm = self.clip_gradients() if self.stage == 0 else None
+        self.apply()
+        # -1 stands for infinite where DeepSpeed does not check
+        norm = float(self.engine.get_global_grad_norm())
+        finite = self.engine.was_step_applied() and norm >= 0
+        return torch.full((), norm if finite else math.inf, device=self.device)
+
+    def apply(self) -> None:
         self.engine.step()
-        if norm is not None:
-            return norm
-        norm = float(
-            self.engine.get_global_grad_norm()
-        )  # -1 stands for infinite where DeepSpeed does not check
-        return norm if self.engine.was_step_applied() and norm >= 0 else math.inf
 
     @torch.no_grad()
     def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:

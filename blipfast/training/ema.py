@@ -4,7 +4,8 @@
 
 On the tensors that this rank holds: whole parameters, or its shards under ZeRO-3 (both sides are cut alike, so no
 communication is needed). With parameters in bf16 the average is kept in an fp32 master, because a step of
-(1 - 0.995) * difference is below the resolution of bf16 and the average would never move.
+(1 - 0.995) * difference is below the resolution of bf16 and the average would never move. AdamW on whole fp32
+parameters takes this step itself (`Engine.averages`).
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ class MomentumEncoders:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """One step of the average. Call it after every optimizer step."""
+        """One step of the average. Call it after every step of an engine that does not average itself."""
         if not self.pairs:
             return
         averages = [self._fp32(average) for _, average in self.pairs]
         trained = [self.engine.local(parameter).to(torch.float32) for parameter, _ in self.pairs]
-        torch._foreach_mul_(averages, momentum)
-        torch._foreach_add_(averages, trained, alpha=1 - momentum)
+        torch._foreach_lerp_(averages, trained, 1 - momentum)
         self.publish()
 
     def master(self, parameter: nn.Parameter) -> torch.Tensor | None:

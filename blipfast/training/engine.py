@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ..config import Config
+from ..ops.adamw import AdamWEma
 from ..precision import fast_bf16
 from .distributed import World
 from .optimizer import build_optimizer, init_state, set_step, state_names
@@ -70,28 +70,38 @@ class Engine:
         (outputs["loss"] / self.accumulation).backward()
         return {name: value.detach() for name, value in outputs.items()}
 
-    def step(self, learning_rate: float) -> float:
-        """Update the weights from the accumulated gradients; returns the norm of the gradients before clipping.
+    @property
+    def averages(self) -> bool:
+        """Whether `step` moves the momentum encoders too, in the same pass."""
+        return isinstance(self.optimizer, AdamWEma)
 
-        A parameter that the loss did not reach gets a zero gradient, as under DeepSpeed. Weights are left alone when
-        the norm is not finite.
+    def step(self, learning_rate: float, momentum: float) -> torch.Tensor:
+        """Update the weights from the accumulated gradients and, if `averages`, the momentum encoders.
+
+        Returns the norm of the gradients before they are clipped to `train.grad_clip`, fp32, on the device. Weights are
+        left alone when it is not finite; an optimizer other than AdamWEma has the host wait to know. A parameter that
+        the loss did not reach gets a zero gradient, as under DeepSpeed.
         """
-        norm = self.clip_gradients()
-        if math.isfinite(norm):
-            self.set_learning_rate(learning_rate)
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def clip_gradients(self) -> float:
-        """Clip the whole gradient to `train.grad_clip` if that is set; returns its norm before."""
         for p in self.trained:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         norm = nn.utils.get_total_norm([p.grad for p in self.trained])
-        if self.clip > 0:
-            nn.utils.clip_grads_with_norm_(self.trained, self.clip, norm)
-        return float(norm)
+        self.set_learning_rate(learning_rate)
+        if self.averages:
+            scale = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip > 0 else torch.ones_like(norm)
+            self.optimizer.grad_scale = torch.where(norm.isfinite(), scale, torch.nan)
+            self.optimizer.momentum = momentum
+            self.apply()
+        elif norm.isfinite():
+            if self.clip > 0:
+                nn.utils.clip_grads_with_norm_(self.trained, self.clip, norm)
+            self.apply()
+        return norm
+
+    def apply(self) -> None:
+        """Let the optimizer take its step, and drop the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -99,7 +109,7 @@ class Engine:
 
     @torch.no_grad()
     def clamp(self, parameter: nn.Parameter, low: float, high: float) -> None:
-        """Keep a trained parameter, and its master if it has one, within [low, high]."""
+        """Keep a trained parameter, and its master if it has one, within [low, high]. After `step`'s averages."""
         parameter.clamp_(low, high)
 
     # ---- what this rank holds of a parameter (everything, here)

@@ -12,6 +12,10 @@
 
 Before micro-batch m of step s on rank r of W, torch's generator is seeded by (seed, s, m * W + r): dropout and sampling
 are functions of the step, and one rank with accumulation 2 computes what two ranks without it compute.
+
+On a GPU the host learns whether a step was finite, and whether a rank was told to stop, when it has handed the GPU the
+next one, so that the GPU never waits for it; but always before anything of the step is recorded, saved or evaluated.
+Until then a step whose gradient is not finite has left the weights alone.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ import numpy as np
 import torch
 
 from ..config import Config, save_config, to_dict
+from ..transfer import ToHost
 from . import checkpoint, distributed
 from .checkpoint import Position
 from .distributed import World
@@ -186,6 +192,16 @@ def seed_of(seed: int, step: int, slot: int) -> int:
     return int(np.random.SeedSequence([seed, step, slot]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+@dataclass
+class _Unread:
+    """What a step has to say that the host has not read yet."""
+
+    step: int
+    indices: list[Any]
+    losses: torch.Tensor
+    flags: ToHost  # whether a loss was not finite and whether to stop, on any rank; the gradient's norm
+
+
 class _Trainer:
     log: RunLog
 
@@ -204,6 +220,8 @@ class _Trainer:
         self.folder = Path(config.output) / "checkpoints"
         self.stop_signal = ""  # the signal that this rank received
         self.stopping = False  # whether any rank received one: agreed on in every step
+        self.lag = int(world.device.type == "cuda")  # how many steps the host is behind in reading flags
+        self.unread: list[_Unread] = []
         self.problem = ""  # why the last save failed
         self.evaluated: tuple[int, dict[str, Any]] = (
             -1,
@@ -260,11 +278,12 @@ class _Trainer:
             for step_in_epoch in range(position.step_in_epoch, steps):
                 self._step(batches, position.step, epoch)
                 position = Position(position.step + 1, epoch, step_in_epoch + 1)
-                due = self._save_is_due(position, steps)
-                if due or position.step % train.log_every == 0:
-                    self._record(
-                        position
-                    )  # before a checkpoint too: a resumed run's records start where it does
+                logged = position.step % train.log_every == 0
+                if logged or self._save_is_due(position, steps):
+                    self._read_flags()
+                due = self._save_is_due(position, steps)  # a flag may have said so
+                if due or logged:  # before a checkpoint too: a resumed run's records start where it does
+                    self._record(position)
                 if due:
                     self._save(position, steps)
                 if self.stopping or position.step >= self.total:
@@ -299,28 +318,40 @@ class _Trainer:
                 )
             torch.manual_seed(seed_of(self.config.seed, step, micro * self.world.size + self.world.rank))
             outputs.append(self.engine.forward_backward(batch, alpha))
-        self._check_loss(torch.stack([output["loss"] for output in outputs]), step, indices)
-        norm = self.engine.step(lr)
-        if not np.isfinite(norm):
-            raise NotFinite(self._advice(f"the gradient's norm is {norm}", step, indices))
+        norm = self.engine.step(lr, model.momentum)
         for parameter, low, high in model.clamped():
             self.engine.clamp(parameter, low, high)
-        self.momentum.update(model.momentum)
+        if not self.engine.averages:
+            self.momentum.update(model.momentum)
         model.end_step()
         scalars = [name for name, value in outputs[0].items() if value.ndim == 0]
         self.window.append({name: torch.stack([o[name].float() for o in outputs]).mean() for name in scalars})
-        self.latest = {"lr": lr, "alpha": alpha, "grad_norm": norm}
+        self.latest = {"lr": lr, "alpha": alpha}
+        losses = torch.stack([output["loss"] for output in outputs])
+        bad = (~losses.isfinite()).any().float()
+        told = torch.full_like(bad, float(bool(self.stop_signal)))
+        flags = torch.cat([distributed.all_max(torch.stack([bad, told])), norm[None]])
+        self.unread.append(_Unread(step, indices, losses, ToHost(flags)))
+        self._read_flags(self.lag)
         self.log.advance()
 
-    def _check_loss(self, losses: torch.Tensor, step: int, indices: list[Any]) -> None:
-        """Stop on all ranks if a loss is not finite anywhere; also learn whether any rank was told to stop."""
-        bad = (~losses.isfinite()).any().float()
-        flags = distributed.all_max(torch.stack([bad, torch.full_like(bad, float(bool(self.stop_signal)))]))
-        bad_anywhere, stop_anywhere = flags.tolist()
-        if bad_anywhere:
-            here = f"the loss is {losses.tolist()}" if bad else "the loss of another rank is not finite"
-            raise NotFinite(self._advice(here, step, indices))
-        self.stopping = bool(stop_anywhere)
+    def _read_flags(self, lag: int = 0) -> None:
+        """Read the flags of all but the last `lag` steps.
+
+        Stop on all ranks if a loss or the gradient was not finite anywhere; also learn whether any rank was told to.
+        """
+        while len(self.unread) > lag:
+            of = self.unread.pop(0)
+            bad_anywhere, stop_anywhere, norm = of.flags.read().tolist()
+            if bad_anywhere:
+                bad = not of.losses.isfinite().all()
+                here = (
+                    f"the loss is {of.losses.tolist()}" if bad else "the loss of another rank is not finite"
+                )
+                raise NotFinite(self._advice(here, of.step, of.indices))
+            if not np.isfinite(norm):
+                raise NotFinite(self._advice(f"the gradient's norm is {norm}", of.step, of.indices))
+            self.stopping, self.latest["grad_norm"] = bool(stop_anywhere), norm
 
     def _advice(self, what: str, step: int, indices: list[Any]) -> str:
         samples = [int(i) for index in indices if index is not None for i in index]
@@ -348,6 +379,7 @@ class _Trainer:
         self.window, self.window_start = [], time.perf_counter()
 
     def _evaluate(self, position: Position) -> dict[str, Any]:
+        self._read_flags()
         with self.engine.full_model() as model:
             metrics = self.task.evaluate(model, position.epoch + (position.step_in_epoch > 0)) or {}
         distributed.barrier()

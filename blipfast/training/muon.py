@@ -60,10 +60,9 @@ class Muon(torch.optim.Optimizer):
             if p.grad is not None:
                 same_shape[tuple(p.shape)].append(p)
         for (rows, columns), params in same_shape.items():
-            updates = []
-            for p in params:
-                momentum = self.state[p]["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
-                updates.append(p.grad.lerp(momentum, MOMENTUM))  # Nesterov's look ahead
+            gradients, momenta = [p.grad for p in params], [self.state[p]["exp_avg"] for p in params]
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            updates = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's look ahead
             scale = max(1.0, rows / columns) ** 0.5
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             orthogonal = orthogonalize(torch.stack(updates)).to(params[0].dtype)

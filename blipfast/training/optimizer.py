@@ -9,16 +9,20 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
+from ..ops.adamw import AdamWEma
 from .errors import TrainingError
 from .muon import Muon, matrices
 
 STATES = ("exp_avg", "exp_avg_sq")  # the two Adam moments, called so by all makers; Muon keeps the first only
 
 
-def build_optimizer(train: TrainConfig, model: nn.Module, device: torch.device, offload: bool = False):
+def build_optimizer(
+    train: TrainConfig, model: nn.Module, device: torch.device, offload: bool = False, whole: bool = True
+):
     """The optimizer of the trained parameters of `model`, by `train.optimizer`.
 
-    adamw      torch.optim.AdamW(fused=True)
+    adamw      AdamW and the momentum encoders' average in one pass (AdamWEma). Where the optimizer does not get whole
+               fp32 parameters (`whole=False`): torch.optim.AdamW(fused=True)
     deepspeed  FusedAdam on CUDA; DeepSpeedCPUAdam on CPU and with optimizer offload. Compiled at first use.
     apex       NVIDIA apex's FusedAdam, built from source with its CUDA extensions
     muon       Muon for the matrices of transformer layers, with `train.muon_lr`; the rest as adamw
@@ -28,6 +32,8 @@ def build_optimizer(train: TrainConfig, model: nn.Module, device: torch.device, 
     groups = parameter_groups(model, train.weight_decay, train.decay_all)
     settings: dict[str, Any] = {"lr": train.lr, "betas": tuple(train.betas), "eps": train.eps}
     if train.optimizer == "adamw":
+        if whole:
+            return AdamWEma(groups, model.momentum_pairs(), **settings)
         return torch.optim.AdamW(groups, fused=True, **settings)
     if train.optimizer == "deepspeed":
         return _deepspeed_adam(device, offload)(groups, **settings)
