@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 
 from blipfast import reference
@@ -19,6 +20,7 @@ from blipfast.models.blip_nlvr import blip_nlvr
 from blipfast.models.blip_pretrain import blip_pretrain
 from blipfast.models.blip_retrieval import blip_retrieval
 from blipfast.models.blip_vqa import blip_vqa
+from blipfast.models.packed import begin
 from blipfast.reference import Text, Tokens
 from blipfast.text import train_tokenizer
 
@@ -160,6 +162,28 @@ def test_matching_equals_the_reference(compat, first):
     (ours.square().sum() + cosines.square().sum()).backward()
     (theirs.square().sum() + expected.square().sum()).backward()
     assert_gradients_equal(model, slow)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("compat, first", [("", None), ("official", TOKENS.cls)])
+@torch.no_grad()
+def test_texts_that_begin_once_are_matched_as_the_reference_does(compat, first, layers):
+    """Image 1 has no text, one text two images and one image the same text twice; a text is one token long."""
+    bert = {"num_hidden_layers": layers}
+    model, slow = pair(blip_itm, reference.BLIP_ITM, bert, {"embed_dim": 16}, compat=compat)
+    ids = [*model.encode_text(CAPTIONS), [TOKENS.cls]]
+    image, text, looked_at = pictures(4), [3, 4, 0, 2, 0, 0, 1, 4], [2, 0, 3, 0, 0, 0, 2, 3]
+    states = model.image_states(model.visual_encoder(image))
+    begun = begin(model.text_encoder, model.pack(ids), size=2)
+    chosen = [torch.tensor(ids[i]) for i in text]
+    padded = Text(
+        *(pad_sequence(x, batch_first=True) for x in (chosen, [torch.ones_like(x) for x in chosen]))
+    )
+    expected = slow(image[looked_at], padded, "itm", first)
+    assert_equal(model.match(states, begun.pick(text), looked_at), expected)
+    assert_equal(model.match(states, model.pack(ids).pick(text), looked_at), expected)
+    assert_equal(model.match(states, [ids[i] for i in text], looked_at), expected)
+    assert begun.begun.shape == (sum(map(len, ids)), BERT["hidden_size"])
 
 
 # -------------------------------------------------------------------------------------------------- captioning
@@ -446,5 +470,10 @@ def test_reasoning_over_two_pictures_equals_the_reference():
     ours.backward()
     theirs.backward()
     assert_gradients_equal(model, slow)
+    pairs = [2, 0, 2]
+    shared = model(image, texts, None, train=False, pair_of=pairs)
+    assert_equal(shared, slow.logits(image[[*pairs, *(3 + p for p in pairs)]], encode(texts)))
+    with pytest.raises(ValueError, match="3 sentences need 4 pictures, got 6"):
+        model(image, texts, None, train=False, pair_of=[0, 1, 0])
     swapped = model(image.roll(3, 0), texts, targets, train=False)
     assert not torch.allclose(swapped, prediction, atol=1e-3), "the order of the pictures must matter"

@@ -153,6 +153,23 @@ def test_evaluation_judges_the_pictures_as_they_stand_and_the_official_quirk_swa
     assert found == pytest.approx([alone(i, swap) for i, swap in enumerate(swapped)], abs=1e-6)
 
 
+def test_a_pair_that_several_statements_are_about_is_encoded_once(folder, weights, tmp_path, monkeypatch):
+    config, encoded, judged = settings(folder, "unused"), [], []
+    config.evaluate.batch_size = 4
+    forward = BLIP_NLVR.forward
+
+    def counted(self, image, text, *rest, **how):
+        encoded.append(len(image))
+        judged.append(len(text))
+        return forward(self, image, text, *rest, **how)
+
+    monkeypatch.setattr(BLIP_NLVR, "forward", counted)
+    evaluate(config, weights, tmp_path)
+    pairs = {tuple(entry["images"]) for entry in json.loads((folder / "nlvr_test.json").read_text())}
+    assert sum(judged) == 9 and sum(encoded) == 2 * len(pairs) == 10
+    assert max(judged) <= 4
+
+
 def test_two_ranks_give_the_figures_and_files_of_one(folder, weights, tmp_path):
     values = to_dict(settings(folder, "unused"))
     alone = evaluate_splits(values, weights, tmp_path / "one")

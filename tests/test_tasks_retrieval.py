@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,21 @@ def every_score(config, weights):
                 itm[i, t] = model(view[i][0][None], [text], "itm")[0, 1]
                 itc[i, t] = model(view[i][0][None], [text], "itc")
     return view, itm, itc
+
+
+def test_evaluation_is_done_in_the_precision_asked_for(config, tmp_path, monkeypatch):
+    config, weights = config
+    config = replace(config, evaluate=replace(config.evaluate, precision="bf16"))
+    seen = []
+    match = BLIP_ITM.match
+
+    def watched(self, images, *rest):
+        seen.append(images.layers[0][0].dtype)
+        return match(self, images, *rest)
+
+    monkeypatch.setattr(BLIP_ITM, "match", watched)
+    assert "r_mean" in RetrievalTask.evaluate_checkpoint(config, weights, "test", tmp_path, CPU)
+    assert set(seen) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("k", [1, 4, 1000])

@@ -55,6 +55,23 @@ def test_itm_accuracy_is_a_matter_of_the_head(small, images):
 
 
 @torch.no_grad()
+def test_a_text_reads_itself_once_for_all_pictures_where_memory_allows(small, images):
+    """Else once for each of the four; and once for ITC, which reads [CLS] instead of [ENC]."""
+    model = BLIP_ITM(embed_dim=8, **small).eval()
+    rows = []
+    query = model.text_encoder.encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    tokens = sum(map(len, model.encode_text(TEXTS)))
+    width = 48
+    for memory, times in [(4 * width * tokens, 1 + 1), (4 * width * tokens - 1, 1 + 4)]:
+        rows.clear()
+        found = Collection(model, lambda i: images[i], 4, TEXTS, "cpu", memory=memory)
+        found.rerank(k=100)
+        assert sum(rows) == times * tokens
+        assert bool(found.states) == (times > 2), "what the texts take is not left for pictures"
+
+
+@torch.no_grad()
 def test_little_memory_and_small_passes_change_no_score(small, images, monkeypatch):
     model, found = collection(small, images)
     expected = found.rerank(k=3)

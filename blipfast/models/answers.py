@@ -63,9 +63,12 @@ def answer_losses(
     trees = [Tree(candidates) for candidates in answers]
     device = images.layers[0][0].device
     text = Ragged.of([tree.tokens for tree in trees], device)
-    text.rows.position = torch.tensor([d for tree in trees for d in tree.depths], device=device)
+    text.rows.position = torch.tensor([d for tree in trees for d in tree.depths]).to(
+        device, non_blocking=True
+    )
     longest = int(text.rows.lengths.max())
-    sees = torch.from_numpy(np.stack([tree.sees(longest) for tree in trees])).to(device)
+    sees = np.stack([tree.sees(longest) for tree in trees])
+    sees = torch.from_numpy(sees).to(device, non_blocking=True)
     states = run([Part(decoder.bert, text, sees=sees)], images)[0]
 
     offsets = text.rows.first
@@ -77,7 +80,8 @@ def answer_losses(
     for start in range(0, len(states), HEAD_ROWS):
         logits = decoder.cls(states[start : start + HEAD_ROWS]).float()
         first, last = np.searchsorted(table[:, 2], (start, start + HEAD_ROWS))
-        question, candidate, row, token = torch.from_numpy(table[first:last].T.copy()).to(device)
+        here = torch.from_numpy(table[first:last].T.copy()).to(device, non_blocking=True)
+        question, candidate, row, token = here
         row = row - start
         # cross-entropy with label smoothing: lse - (1 - s) * logit of the token - s * mean logit
         common = logits.logsumexp(1) - smoothing * logits.mean(1)

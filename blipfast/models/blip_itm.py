@@ -64,10 +64,19 @@ class BLIP_ITM(nn.Module):
         """What `match` reads of image states [M, N, D_v], to be made once for all texts."""
         return image_states(self.text_encoder.encoder, image_embeds)
 
-    def match(self, images: ImageStates, texts: list[list[int]], image: list[int] | None = None) -> Tensor:
-        """ITM logits [B, 2] of token ids against images; text b looks at image image[b] (None: at image b)."""
+    def pack(self, texts: list[list[int]]) -> Ragged:
+        """Token ids as `match` reads them."""
         first = None if self.compat == "official" else self.tokenizer.enc_token_id
-        text = Ragged.of(texts, self.itm_head.weight.device, first)
+        return Ragged.of(texts, self.itm_head.weight.device, first)
+
+    def match(
+        self, images: ImageStates, texts: list[list[int]] | Ragged, image: list[int] | None = None
+    ) -> Tensor:
+        """ITM logits [B, 2] of token ids against images; text b looks at image image[b] (None: at image b).
+
+        texts: also as `pack` gives them, where many images meet the same ones (see `packed.begin`).
+        """
+        text = texts if isinstance(texts, Ragged) else self.pack(texts)
         return self.itm_head(first_states(self.text_encoder, text, images, image))
 
     def forward(self, image: Tensor, caption: list[str], match_head: str = "itm") -> Tensor:

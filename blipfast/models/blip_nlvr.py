@@ -16,8 +16,9 @@ from .vit import create_vit
 
 
 class BLIP_NLVR(nn.Module):
-    """forward(image, text, targets, train): image [2 B, 3, S, S] holds all first pictures, then all second ones.
+    """forward(image, text, targets, train, pair_of): image [2 M, 3, S, S], all first pictures, then all second ones.
 
+    Sentence b is about pair b or, with `pair_of`, about pair pair_of[b], which is then encoded once.
     Returns the loss if `train`, else logits [B, 2] (class 1: true). `targets` [B] may be None in evaluation.
     """
 
@@ -43,9 +44,17 @@ class BLIP_NLVR(nn.Module):
         hidden = config.hidden_size
         self.cls_head = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2))
 
-    def forward(self, image: Tensor, text: list[str], targets: Tensor | None, train: bool = True) -> Tensor:
-        if len(image) != 2 * len(text):
-            raise ValueError(f"{len(text)} sentences need {2 * len(text)} pictures, got {len(image)}.")
+    def forward(
+        self,
+        image: Tensor,
+        text: list[str],
+        targets: Tensor | None,
+        train: bool = True,
+        pair_of: list[int] | None = None,
+    ) -> Tensor:
+        pairs = len(text) if pair_of is None else 1 + max(pair_of)
+        if len(image) != 2 * pairs:
+            raise ValueError(f"{len(text)} sentences need {2 * pairs} pictures, got {len(image)}.")
         texts = self.tokenizer(text).input_ids
         pictures = self.visual_encoder(image).chunk(2)
         pair = tuple(
@@ -53,7 +62,7 @@ class BLIP_NLVR(nn.Module):
             for embeds, name in zip(pictures, ("self0", "self1"))
         )
         sentence = Ragged.of(texts, image.device, self.tokenizer.enc_token_id)
-        prediction = self.cls_head(first_states(self.text_encoder, sentence, pair))
+        prediction = self.cls_head(first_states(self.text_encoder, sentence, pair, pair_of))
         return F.cross_entropy(prediction.float(), targets) if train else prediction
 
 

@@ -81,11 +81,11 @@ class BLIP_VQA(nn.Module):
         text = Ragged.of(texts, image.device, self.tokenizer.enc_token_id)
         images = image_states(self.text_encoder.encoder, image_embeds)
         states = all_states(self.text_encoder, text, images, image_of)
+        if not train and inference == "generate":
+            return self.generate_answer(text.rows.lay_out(states), text.rows.mask)
         questions = text_states(self.text_decoder.bert.encoder, states, text.rows)
         if train:
             return self.answer_loss(questions, answer, n, weights)
-        if inference == "generate":
-            return self.generate_answer(text.rows.lay_out(states), questions.mask)
         if inference != "rank":
             raise ValueError(f'inference must be "rank" or "generate", got {inference!r}.')
         return self.rank(questions, self.encode_answers(answer), k_test)
@@ -160,7 +160,7 @@ class BLIP_VQA(nn.Module):
         B, k = len(questions), min(k, len(answers))
         start = Ragged.of([answers[0][:1]] * B, device)
         first = self.text_decoder.cls(all_states(self.text_decoder.bert, start, questions)).float().softmax(1)
-        beginnings = torch.tensor([answer[1] for answer in answers], device=device)
+        beginnings = torch.tensor([answer[1] for answer in answers]).to(device, non_blocking=True)
         top = first[:, beginnings].topk(k, dim=1).indices
         candidates = [[answers[i] for i in row] for row in top.tolist()]
         losses = torch.stack(answer_losses(self.text_decoder, questions, candidates))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import Layout, attention, attention_varlen
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -95,7 +96,7 @@ def text_states(encoder: BertEncoder, states: Tensor, rows: Rows) -> ImageStates
     """The same of packed texts [T, D] (the questions that VQA's decoder reads), one entry a text."""
     every = image_states(encoder, states[None])
     layers = [tuple(rows.lay_out(x.squeeze(0)) for x in key_value) for key_value in every.layers]
-    return ImageStates(layers, rows.lay_out(torch.ones_like(rows.position, dtype=torch.bool)))
+    return ImageStates(layers, rows.mask)
 
 
 Images = ImageStates | tuple[ImageStates, ImageStates]  # a pair where each text looks at two (NLVR2)
@@ -123,6 +124,8 @@ class Part:
     def attend(self, i: int, states: Tensor, final: bool) -> Tensor:
         """Layer i's self-attention block over this part's states; of the final layer only the rows that are read."""
         block, partial = self.model.encoder.layer[i].attention, final and self.rows is not None
+        if i == 0 and self.text.begun is not None:
+            return self.text.begun[self.rows] if partial else self.text.begun
         kept = states[self.rows] if partial else states
         inner = block.self
         query, key, value = (
@@ -152,9 +155,9 @@ def run(
     part, which image every text looks at (None: text b at image b); without `images` the texts are read alone.
     """
     model = parts[0].model
-    ids, positions = zip(*((part.text.ids, part.text.rows.position) for part in parts))
-    states = model.embeddings(torch.cat(ids)[None], torch.cat(positions)[None]).squeeze(0)
-    states = states.split([len(part.text.ids) for part in parts])
+    states = [part.text.begun for part in parts]
+    if any(x is None for x in states):
+        states = embeddings(model, [part.text for part in parts])
     images = (images,) if isinstance(images, ImageStates) else images or ()
     seen = final_seen = None
     if images:
@@ -175,8 +178,29 @@ def run(
                 x = attend_images(layer.crossattention, x, looked_at, final_seen if final else seen)
             return in_blocks(layer.feed_forward, x).split(sizes)
 
-        states = checkpoint(step, *states, use_reentrant=False) if recompute else step(*states)
+        how = {"use_reentrant": False, "context_fn": recompute_contexts}
+        states = checkpoint(step, *states, **how) if recompute else step(*states)
     return list(states)
+
+
+def embeddings(model: BertModel, texts: list[Ragged]) -> tuple[Tensor, ...]:
+    """Of each batch of texts, [T, D]."""
+    ids, positions = zip(*((text.ids, text.rows.position) for text in texts))
+    states = model.embeddings(torch.cat(ids)[None], torch.cat(positions)[None]).squeeze(0)
+    return states.split([len(text.ids) for text in texts])
+
+
+def begin(model: BertModel, text: Ragged, size: int = 512) -> Ragged:
+    """`text` with the states [T, D] that it has before it looks at an image, made once for any number of images.
+
+    They take embeddings and the first self-attention, `size` texts at a time; `Ragged.pick` gives the texts of a pass.
+    For inference: in training every copy of a text has its own dropout.
+    """
+    states = []
+    for start in range(0, len(text.rows.lengths), size):
+        some = text.pick(range(start, min(start + size, len(text.rows.lengths))))
+        states.append(Part(model, some).attend(0, *embeddings(model, [some]), final=False))
+    return Ragged(text.ids, text.rows, torch.cat(states))
 
 
 def together(rows: list[Rows], image: list[list[int] | None], images: int, tokens: int) -> Layout:

@@ -28,11 +28,16 @@ class Rows:
         self.lengths, self.device = np.asarray(lengths, np.int64), device
         self.text = np.repeat(np.arange(len(self.lengths)), self.lengths)  # of each row
         self.first = self.lengths.cumsum() - self.lengths
-        place = start + np.arange(len(self.text)) - self.first[self.text]
-        self.position = torch.from_numpy(place).to(device, non_blocking=True)
+        self.start = start
 
     def __len__(self) -> int:
         return len(self.text)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """[T], of each token in its text."""
+        place = self.start + np.arange(len(self)) - self.first[self.text]
+        return torch.from_numpy(place).to(self.device, non_blocking=True)
 
     @cached_property
     def layout(self) -> Layout:
@@ -42,6 +47,11 @@ class Rows:
     def lay_out(self, rows: Tensor) -> Tensor:
         """[T, ...] -> [B, longest, ...], zeros where a text has no token."""
         return self.layout.queries.lay_out(rows)
+
+    @property
+    def mask(self) -> Tensor:
+        """Where `lay_out` puts tokens, bool [B, longest]."""
+        return self.lay_out(torch.ones(len(self), dtype=torch.bool, device=self.device))
 
     def part(self, start: int, end: int) -> tuple[Rows, Tensor]:
         """Of every text the tokens from `start` to before `end`, as of a slice (-1: all but the last).
@@ -56,10 +66,13 @@ class Rows:
 
 
 class Ragged:
-    """Token ids [T] of texts of different lengths, and their `rows`."""
+    """Token ids [T] of texts of different lengths, and their `rows`.
 
-    def __init__(self, ids: Tensor, rows: Rows):
-        self.ids, self.rows = ids, rows
+    begun: what a model made of them before they look at an image, states [T, D] (see `packed.begin`).
+    """
+
+    def __init__(self, ids: Tensor, rows: Rows, begun: Tensor | None = None):
+        self.ids, self.rows, self.begun = ids, rows, begun
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]], device, first_token: int | None = None) -> Ragged:
@@ -74,6 +87,14 @@ class Ragged:
         if first_token is not None:
             ids[rows.first] = first_token
         return cls(torch.from_numpy(ids).to(device, non_blocking=True), rows)
+
+    def pick(self, texts: Sequence[int]) -> Ragged:
+        """Copies of these texts, in this order, any of them any number of times."""
+        old, texts = self.rows, np.asarray(texts, np.int64)
+        rows = Rows(old.lengths[texts], old.device)
+        taken = np.arange(len(rows)) + (old.first[texts] - rows.first)[rows.text]
+        taken = torch.from_numpy(taken).to(old.device, non_blocking=True)
+        return Ragged(self.ids[taken], rows, None if self.begun is None else self.begun[taken])
 
 
 def in_blocks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class FeatureExtractor:
 
         tokens: also image_tokens [B, N, D_v].
         """
-        states = self.model.visual_encoder(images.to(self.device)).float()
+        states = self.model.visual_encoder(images.to(self.device), class_only=not tokens).float()
         found = {"image_embeds": states[:, 0]}
         if self.projects:
             found["image_feat"] = F.normalize(self.model.vision_proj(states[:, 0]), dim=-1)

@@ -37,9 +37,9 @@ class NLVRModel(Trainable, BLIP_NLVR):
     def forward(self, batch: dict[str, Any], *, alpha: float) -> dict[str, Tensor]:
         return {"loss": super().forward(batch["image"], batch["sentence"], batch["label"])}
 
-    def truth(self, image: Tensor, sentence: list[str]) -> Tensor:
-        """Probability [B] that each sentence is true; image [2 B, 3, S, S]: all first pictures, all second ones."""
-        return super().forward(image, sentence, None, train=False).float().softmax(1)[:, 1]
+    def truth(self, image: Tensor, sentence: list[str], pair_of: list[int]) -> Tensor:
+        """Probability [B] that each sentence is true of its pair in image [2 M, 3, S, S] (see BLIP_NLVR)."""
+        return super().forward(image, sentence, None, train=False, pair_of=pair_of).float().softmax(1)[:, 1]
 
 
 class NLVRTask(FineTuneTask):
@@ -75,17 +75,19 @@ class NLVRTask(FineTuneTask):
         In `output`: nlvr_result.json, [{"identifier", "label": "True" or "False", "probability": of "True"}].
         """
         statements = open_statements(config, split)
-        view = StatementView(config, statements)
+        view = PairView(config, statements)
         model = cls.load_model(config, checkpoint, device)
-        size, share = config.evaluate.batch_size, list(my_share(len(statements)))
+        share = list(my_share(len(view)))
+        size = max(1, config.evaluate.batch_size * len(view) // len(statements))
         found: dict[int, float] = {}
         batches = in_batches(view, share, size, config.data.workers)
         total = -(-len(share) // size)
-        for numbers, pairs in tqdm(batches, "judging", total, leave=False, disable=gather.rank() > 0 or None):
+        for places, pairs in tqdm(batches, "judging", total, leave=False, disable=gather.rank() > 0 or None):
+            numbers = [i for place in places for i in view.about[place]]
+            pair_of = [row for row, place in enumerate(places) for _ in view.about[place]]
+            image = pairs.transpose(0, 1).flatten(0, 1).to(device)
             sentences = [view.sentence(i) for i in numbers]
-            found |= zip(
-                numbers, model.truth(pairs.transpose(0, 1).flatten(0, 1).to(device), sentences).tolist()
-            )
+            found |= zip(numbers, model.truth(image, sentences, pair_of).tolist())
         probabilities = torch.tensor(collect(found, len(statements)))
         predicted, labels = probabilities > 0.5, torch.from_numpy(statements.labels) == 1
         results = [
@@ -105,19 +107,22 @@ class NLVRTask(FineTuneTask):
         }
 
 
-class StatementView(Dataset):
-    """`[i] -> float32 [2, 3, S, S]`, the pictures of statement `i`; `sentence(i)` goes with them."""
+class PairView(Dataset):
+    """`[p] -> float32 [2, 3, S, S]`, the pictures of a pair, each pair once; statements `about[p]` are about it."""
 
     def __init__(self, config: Config, statements: NLVRDataset):
         self.statements, self.seed, self.swaps = statements, config.seed, config.evaluate.official_quirks
         self.pictures = PictureView(statements, eval_transform(config.model.image_size))
+        about: dict[tuple[int, ...], list[int]] = {}
+        for i, pair in enumerate(statements.picture_of.tolist()):
+            about.setdefault(tuple(pair[::-1] if self.swapped(i) else pair), []).append(i)
+        self.pairs, self.about = list(about), list(about.values())
 
     def __len__(self) -> int:
-        return len(self.statements)
+        return len(self.pairs)
 
-    def __getitem__(self, i: int) -> Tensor:
-        pair = torch.stack([self.pictures[picture] for picture in self.statements.picture_of[i].tolist()])
-        return pair.flip(0) if self.swapped(i) else pair
+    def __getitem__(self, p: int) -> Tensor:
+        return torch.stack([self.pictures[picture] for picture in self.pairs[p]])
 
     def sentence(self, i: int) -> str:
         sentence = self.statements.sentence(i)

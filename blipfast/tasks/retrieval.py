@@ -24,6 +24,7 @@ from blipfast.models import gather
 from blipfast.models.blip_itm import BLIP_ITM
 from blipfast.models.blip_retrieval import BLIP_Retrieval
 from blipfast.models.checkpoint import load_checkpoint
+from blipfast.quantize import prepare
 
 from .evaluation import gallery
 from .finetune import FineTuneTask, model_settings, write_json
@@ -108,9 +109,10 @@ class RetrievalTask(FineTuneTask):
         matcher = VideoMatcher if videos else BLIP_ITM
         model = matcher(**model_settings(config), embed_dim=config.model.embed_dim)
         load_checkpoint(model, checkpoint, allow_missing=False)
+        model = prepare(model, config.evaluate.precision, device)
         if videos:
             model.visual_encoder = Frames(model.visual_encoder)
-        return model.to(device).eval()
+        return model.eval()
 
     @classmethod
     @torch.no_grad()
