@@ -127,7 +127,7 @@ class EvaluateConfig:
     """Retrieval and captioning after (and during) training."""
 
     batch_size: int = 64
-    precision: str = "fp32"  # fp32, bf16, fp16, int8 (CPU), auto (bf16 where the hardware is fast at it)
+    precision: str = "fp32"  # fp32, bf16, fp16, int8, fp8 (GPU), auto (bf16 where the hardware is fast at it)
     k_test: int = 128
     num_beams: int = 3
     max_length: int = 20

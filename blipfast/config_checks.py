@@ -31,7 +31,7 @@ _CHOICES = {
     "train.optimizer": ("adamw", "deepspeed", "apex", "muon"),
     "train.schedule": ("step", "cosine", "warmup_cosine"),
     "train.precision": ("fp32", "bf16", "auto"),
-    "evaluate.precision": ("fp32", "bf16", "fp16", "int8", "auto"),
+    "evaluate.precision": ("fp32", "bf16", "fp16", "int8", "fp8", "auto"),
     "evaluate.score": ("itm+itc", "itm", "itc"),
     "evaluate.inference": ("rank", "generate"),
     "evaluate.scorer": ("blipfast", "pycocoevalcap"),

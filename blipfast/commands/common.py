@@ -37,7 +37,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="auto",
         metavar="P",
-        help="fp32, bf16, fp16, int8 (CPU), or auto: bf16 where the hardware is fast at it (default)",
+        help="fp32, bf16, fp16, int8, fp8 (GPU), or auto: bf16 where the hardware is fast at it (default)",
     )
 
 
