@@ -1,4 +1,7 @@
-"""What one benchmark case is, and helpers to write them; `benchmarks/ops/<op>.py` gives `cases(device) -> list[Case]`.
+"""What one benchmark case is, and helpers to write them.
+
+Every file of `benchmarks/ops`, single operations, and `benchmarks/models`, whole models, gives
+`cases(device) -> list[Case]`:
 
     from benchmarks.cases import compiled, modes, ours
 
@@ -16,10 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
+
+from benchmarks.targets import Target
 
 MODES = ("forward", "full")
 
@@ -28,12 +33,18 @@ MODES = ("forward", "full")
 class Case:
     """One shape of one operation in one mode, and everybody who can do it.
 
-    op: name in `blipfast.ops`. shape: for people, e.g. "B75 N197 D768". dtype: of the activations.
+    op: name in `blipfast.ops`, or what a model does. shape: for people, e.g. "B75 N197 D768". dtype: of the
+    activations.
     setup() -> {label: function of no arguments}; labels: "ours triton", "ours torch", "eager", "compiled", and
-    whatever else serves ("sdpa", "flash_attn", "xformers", "foreach", "apex"). It leaves out who is not installed.
+    whatever else serves ("sdpa", "flash_attn", "xformers", "foreach", "apex"); of models "ours", "reference",
+    "transformers". It leaves out who is not installed.
     flops, bytes: what the mathematics needs in this mode, not what an implementation spends; 0: not of interest.
     mode: "forward" (no gradients wanted) or "full" (forward and backward).
     rank: 0 for the shapes that a target is stated for, 1 for the rest of BLIP base, 2 for what may be left out.
+    items: of a model, the pictures, pairs or questions of a call, which is timed by the clock on the wall, host
+    included; 0: an operation, which is timed by the GPU's.
+    parts: the work of how many calls a target in seconds means. remark: what to know about the figures.
+    targets: what our figures should reach; for a GPU.
     """
 
     op: str
@@ -44,6 +55,10 @@ class Case:
     bytes: float
     mode: str = "forward"
     rank: int = 1
+    items: int = 0
+    parts: float = 1.0
+    remark: str = ""
+    targets: tuple[Target, ...] = ()
 
 
 Contenders = dict[str, Callable[..., object]]
@@ -58,14 +73,20 @@ def modes(
     forward: tuple[float, float],
     full: tuple[float, float] | None = None,
     rank: int = 1,
+    targets: tuple[Target, ...] = (),
+    full_targets: tuple[Target, ...] | None = None,
 ) -> list[Case]:
     """The case in mode forward and, if `full` is given, in mode full; both are (flops, bytes).
 
     make() -> ({label: f}, inputs): f(*inputs) gives a tensor or a tuple of tensors; mode full differentiates
-    them, with fixed random gradients, in those inputs that require it.
+    them, with fixed random gradients, in those inputs that require it. targets: of both modes, unless mode full has
+    its own.
     """
-    found = [Case(op, shape, dtype, partial(_forward, make), *forward, "forward", rank)]
-    return found + ([Case(op, shape, dtype, partial(_full, make), *full, "full", rank)] if full else [])
+    found = [Case(op, shape, dtype, partial(_forward, make), *forward, "forward", rank, targets=targets)]
+    if full:
+        targets = targets if full_targets is None else full_targets
+        found.append(Case(op, shape, dtype, partial(_full, make), *full, "full", rank, targets=targets))
+    return found
 
 
 def _forward(make):
@@ -81,7 +102,7 @@ def _full(make):
         outputs = f(*inputs)
         outputs = [outputs] if isinstance(outputs, Tensor) else [y for y in outputs if y.requires_grad]
         if not seeds:  # made in the warm-up, once a contender
-            seeds.extend(torch.randn_like(y) for y in outputs)
+            seeds.extend(torch.randn(y.shape, dtype=y.dtype, device=y.device) for y in outputs)
         return torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
 
     return {label: partial(step, f, []) for label, f in contenders.items()}
@@ -107,6 +128,12 @@ def ours(op: str, device: str, function: Callable[..., object]) -> Contenders:
 def compiled(device: str, function: Callable[..., object]) -> Contenders:
     """{"compiled": function under torch.compile} on a GPU; nothing on a CPU, where a tiny case compiles for long."""
     return {"compiled": torch.compile(function, dynamic=False)} if device == "cuda" else {}
+
+
+def built_late(build: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """A contender that `build` makes when it is first called: whoever cannot be built then fails alone."""
+    built = cache(build)
+    return lambda: built()()
 
 
 def size(dtype: torch.dtype) -> int:

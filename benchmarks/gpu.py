@@ -1,14 +1,14 @@
-"""Everything a GPU machine can tell about the kernels, in one call of at most eight minutes.
+"""Everything a GPU machine can tell about the kernels and the models, in one call of at most eight minutes.
 
     python benchmarks/gpu.py [--output FOLDER] [--budget SECONDS] [--ops NAME ...] [--skip-tests]
     python benchmarks/gpu.py --dry-run --output FOLDER          on a CPU: the smallest case of each, the PyTorch paths
 
 Needs this repository, torch, Triton, numpy, transformers and matplotlib; pytest for the tests; compares with
 flash-attn, xformers, apex and DeepSpeed where they are installed. In turn: the GPU tests (meanwhile other processes
-compile what will be measured), the ceilings (a large product, a large copy), then the cases of benchmarks/ops, those
-with a target first, until they or the time are used up. Writes results.csv as it goes, then results.md, plots and
-tests.log to benchmarks/results/<gpu name>/. A case that fails is reported and does not stop the others. Exits 1 if a
-test failed, or if one of our own paths gave no figure though there was time.
+compile what will be measured), the ceilings (a large product, a large copy), then the cases of benchmarks/models and
+benchmarks/ops, those with a target first, until they or the time are used up. Writes results.csv as it goes, then
+results.md, plots and tests.log to benchmarks/results/<gpu name>/. A case that fails is reported and does not stop the
+others. Exits 1 if a test failed, or if one of our own paths gave no figure though there was time.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Run:
         self.worker.close()
         missing = sum(row.note == OUT_OF_TIME for row in rows)
         remarks = [f"Ceiling: {ceiling.tflops:.4g} TFLOP/s (bf16 product), {ceiling.gbps:.4g} GB/s (copy)."]
-        remarks += [f"benchmarks/ops/{op}.py gave no cases: {why}" for op, why in self.failed.items()]
+        remarks += [f"{name} gave no cases: {why}" for name, why in self.failed.items()]
         remarks += (
             [f"{missing} of {len(self.order)} cases were not run, for lack of time."] if missing else []
         )
@@ -130,15 +130,19 @@ class Run:
     def measure(self, title: Title, index: int, ceiling: Ceiling) -> list[Row]:
         def nothing(why: str) -> list[Row]:
             return [
-                Row(title.op, title.shape, title.dtype.removeprefix("torch."), title.mode, "ours", note=why)
-            ]
+                Row(
+                    title.op, title.shape, title.dtype.removeprefix("torch."), title.mode, "ours",
+                    targets="; ".join(f"{target}: not measured" for target in title.targets), note=why,
+                )
+            ]  # fmt: skip
 
         if self.left() < 15:  # what it takes to end: a case, the report
             return nothing(OUT_OF_TIME)
         try:
             if not self.worker.process.is_alive():
                 self.worker = Worker(self.device)
-            return self.worker.ask("measure", index, ceiling, self.seconds, seconds=min(60, self.left() - 5))
+            limit = min(title.seconds, self.left() - 5)
+            return self.worker.ask("measure", index, ceiling, self.seconds, seconds=limit)
         except Lost as lost:
             return nothing(f"the case was given up: {lost}")
 

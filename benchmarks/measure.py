@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import quantiles
 
 import torch
@@ -14,6 +17,11 @@ from benchmarks.cases import Case
 
 Functions = dict[str, Callable[[], object]]
 FLUSH = 256 * 2**20  # bytes written between two timings: more than any L2 cache holds
+AHEAD = (
+    2_000_000  # cycles, about a millisecond: what the host needs to launch a small operation, backward too
+)
+PATIENCE = 45.0  # seconds for a contender's first call, which builds and compiles
+LONG = 10.0  # seconds for all rounds where one takes more than a second
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Row:
     """One contender of one case. Times in ms; ratio: its time over ours, round by round; note: why there is no time.
 
     ceiling: the share of its time that the ceilings ask for, by FLOPs or by bytes, whichever is more.
+    per_second: items of a model. targets, in our row: each with its verdict, joined by "; ". remark: of the case.
     """
 
     op: str
@@ -46,41 +55,75 @@ class Row:
     ratio_p20: float | None = None
     ratio_p50: float | None = None
     ratio_p80: float | None = None
+    per_second: float | None = None
     rounds: int = 0
+    targets: str = ""
+    remark: str = ""
     note: str = ""
 
 
 def measure(case: Case, device: str, ceiling: Ceiling, seconds: float = 0.4) -> list[Row]:
     """A row for every contender; one that fails gets a note instead of times. Takes about `seconds` a contender.
 
-    Every round runs each of them once, so that what slows the machine slows all alike. On a GPU the L2 cache is
-    overwritten before every call, outside the timing.
+    Every round runs each of them once, so that what slows the machine slows all alike. Of operations on a GPU, the L2
+    cache is overwritten before every call, outside the timing.
     """
     rows, ready = {}, {}
     for label, function in case.setup().items():
         rows[label] = row = blank(case, label)
         try:
-            function()  # compiles what there is to compile
+            with at_most(PATIENCE):
+                function()  # compiles what there is to compile
             row.peak_mib = _peak_mib(function, device)
             ready[label] = function
         except Exception as error:  # one contender's trouble is not the others'
             row.note = explain(error)
     if ready:
-        times = time_in_turn(ready, device, seconds)
+        times = time_in_turn(ready, device, seconds, by_wall=bool(case.items))
         first = next((label for label in times if label.startswith("ours")), None)
         for label, own in times.items():
             _fill(rows[label], case, own, times.get(first), ceiling)
+    own = [row for row in rows.values() if row.contender.startswith("ours")]
+    if own:
+        best = next((row for row in own if row.ms_p50), None)
+        told = best or own[0]
+        told.remark = case.remark
+        told.targets = "; ".join(target.judge(best, rows.values(), case.parts) for target in case.targets)
     return list(rows.values())
 
 
-def time_in_turn(functions: Functions, device: str, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every call, round by round, in about `seconds` a function."""
-    rounds = _rounds_on_gpu if device == "cuda" else _rounds_on_cpu
-    rounds(functions, 1)
-    start = time.perf_counter()
-    rounds(functions, 2)  # to warm up, and to see how long one takes
-    one = (time.perf_counter() - start) / 2
-    return rounds(functions, round(min(200, max(10, len(functions) * seconds / one))))
+def time_in_turn(
+    functions: Functions, device: str, seconds: float, by_wall: bool = False
+) -> dict[str, list[float]]:
+    """Milliseconds of every call, round by round, in about `seconds` a function.
+
+    by_wall: of the clock on the wall, from an idle GPU to an idle GPU, instead of the GPU's own.
+    """
+    rounds = _rounds_on_gpu if device == "cuda" and not by_wall else partial(_rounds_by_wall, device)
+    for count in (1, 2):  # to warm up, and to see how long one takes
+        start = time.perf_counter()
+        rounds(functions, count)
+        one = (time.perf_counter() - start) / count
+        if one > 1:
+            return rounds(functions, max(3, min(10, int(LONG / one))))
+    least = 5 if by_wall else 10
+    return rounds(functions, round(min(200, max(least, len(functions) * seconds / one))))
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError within the block once the time is up. For the main thread, on systems that have SIGALRM."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def blank(case: Case, contender: str, note: str = "") -> Row:
@@ -99,6 +142,20 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return tenths[1], tenths[4], tenths[7]
 
 
+def tensors(result: object) -> list[torch.Tensor]:
+    """Copies of the tensors that a contender gave."""
+    found = [result] if isinstance(result, torch.Tensor) else list(result or [])
+    return [x.clone() for x in found if isinstance(x, torch.Tensor)]
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Equal but for the order of sums: relative to the largest value, as errors of products are."""
+    if not want.is_floating_point():
+        return torch.equal(got, want)
+    scale = want.abs().max().float().clamp_min(1e-30) if want.numel() else 1.0
+    return bool(((got.float() - want.float()).abs() <= 0.02 * scale).all())
+
+
 def measure_ceiling(device: str) -> Ceiling:
     """The best of several products of 8192 x 8192 bf16 matrices and copies of 2 GiB; small fp32 ones on a CPU."""
     on_gpu = device == "cuda"
@@ -115,6 +172,7 @@ def measure_ceiling(device: str) -> Ceiling:
 def _fill(row: Row, case: Case, own: list[float], first: list[float] | None, ceiling: Ceiling) -> None:
     row.rounds = len(own)
     row.ms_p20, row.ms_p50, row.ms_p80 = spread(own)
+    row.per_second = case.items / row.ms_p50 * 1e3 if case.items else None
     row.tflops, row.gbps = case.flops / row.ms_p50 / 1e9, case.bytes / row.ms_p50 / 1e6
     row.ceiling = max(row.tflops / ceiling.tflops, row.gbps / ceiling.gbps)
     if first:
@@ -135,13 +193,14 @@ def _peak_mib(function: Callable[[], object], device: str) -> float | None:
 
 
 def _rounds_on_gpu(functions: Functions, count: int) -> dict[str, list[float]]:
-    """By CUDA events, after the L2 cache was overwritten."""
+    """By CUDA events, after the L2 cache was overwritten. The GPU waits until the host has launched what is timed."""
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     pairs = {label: [] for label in functions}
     for _ in range(count):
         for label, function in functions.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
+            torch.cuda._sleep(AHEAD)
             start.record()
             function()
             end.record()
@@ -150,12 +209,15 @@ def _rounds_on_gpu(functions: Functions, count: int) -> dict[str, list[float]]:
     return {label: [start.elapsed_time(end) for start, end in own] for label, own in pairs.items()}
 
 
-def _rounds_on_cpu(functions: Functions, count: int) -> dict[str, list[float]]:
-    """By the wall clock."""
+def _rounds_by_wall(device: str, functions: Functions, count: int) -> dict[str, list[float]]:
+    """By the clock on the wall; every call begins and ends with an idle GPU."""
+    finish = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = {label: [] for label in functions}
     for _ in range(count):
         for label, function in functions.items():
+            finish()
             start = time.perf_counter()
             function()
+            finish()
             times[label].append(1e3 * (time.perf_counter() - start))
     return times

@@ -66,16 +66,26 @@ def read_csv(folder: Path) -> tuple[list[Row], dict[str, str]]:
 
 def write_markdown(folder: Path, rows: list[Row], about: dict[str, str], remarks: Iterable[str] = ()) -> None:
     """results.md: a table an operation, what failed, and the environment."""
-    lines = [f"# blipfast on {about['gpu']}", "", *(f"- {remark}" for remark in remarks), ""]
+    lines = [
+        f"# blipfast on {about['gpu']}",
+        "",
+        *(f"- {remark}" for remark in remarks),
+        *_verdicts(rows),
+        "",
+    ]
     lines.append(
         "Times are medians (20 % to 80 %) in ms. Columns after it: our TFLOP/s and GB/s, the share of our time that"
     )
     lines.append(
         "the ceiling of this run asks for, our peak memory in MiB; then, for each other contender, its time over"
     )
-    lines.append("ours (above 1 ours is faster) and its peak memory over ours.")
+    lines.append(
+        "ours (above 1 ours is faster) and its peak memory over ours; last, what we want of ours, and the verdict."
+    )
     for op in dict.fromkeys(row.op for row in rows):
-        lines += ["", f"## {op}", "", *_table([row for row in rows if row.op == op])]
+        own = [row for row in rows if row.op == op]
+        lines += ["", f"## {op}", "", *_table(own)]
+        lines += [f"\n{remark}" for remark in dict.fromkeys(row.remark for row in own) if remark]
     if silent := [row for row in rows if row.note]:
         lines += ["", "## Without a figure", ""]
         lines += [f"- {row.op} {row.shape} {row.mode}, {row.contender}: {row.note}" for row in silent]
@@ -114,7 +124,8 @@ def plot(folder: Path, rows: list[Row]) -> None:
     figure.savefig(folder / "speed.png", dpi=130)
     plt.close(figure)
 
-    figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+    cases = {key: case for key, case in cases.items() if _ours(case).ceiling}
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.28 * len(cases)), layout="constrained")
     axes.barh(range(len(cases)), [100 * _ours(case).ceiling for case in cases.values()])
     axes.set(xlabel="% of the ceiling measured in the same run", yticks=range(len(cases)), xlim=(0, 100))
     axes.set_yticklabels([" ".join(key) for key in cases], fontsize=7)
@@ -123,25 +134,36 @@ def plot(folder: Path, rows: list[Row]) -> None:
     plt.close(figure)
 
 
+def _verdicts(rows: list[Row]) -> Iterable[str]:
+    """One line for all targets, counted."""
+    ends = [target.rpartition(": ")[2] for row in rows for target in row.targets.split("; ") if target]
+    kinds = [end.rpartition(", ")[2] for end in ends]
+    if kinds:
+        yield "- Targets: " + ", ".join(
+            f"{kinds.count(kind)} {kind}" for kind in ("met", "not met", "not measured")
+        )
+
+
 def _table(rows: list[Row]) -> Iterable[str]:
     cases = _by_case([row for row in rows if row.ms_p50])
     ours = {key: _ours(case) for key, case in cases.items()}
     labels = dict.fromkeys(label for case in cases.values() for label in case)
     peers = [label for label in labels if any(ours[key].contender != label for key in cases)]
-    heads = ["case", "dtype", "ours", "ms", "TFLOP/s", "GB/s", "ceiling", "MiB", *peers]
+    rated, wanted = (any(getattr(row, name) for row in ours.values()) for name in ("per_second", "targets"))
+    heads = ["case", "dtype", "ours", "ms", "TFLOP/s", "GB/s", "ceiling", "MiB", *["a second"] * rated]
+    heads += [*peers, *["targets"] * wanted]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
     for key, case in cases.items():
         own = ours[key]
-        cells = [f"{own.shape} {own.mode}", own.dtype, own.contender, _range(own, "ms"), f"{own.tflops:.3g}"]
-        cells += [
-            f"{own.gbps:.4g}",
-            f"{own.ceiling:.0%}",
-            "" if own.peak_mib is None else f"{own.peak_mib:.0f}",
-        ]
+        cells = [f"{own.shape} {own.mode}", own.dtype, own.contender, _range(own, "ms")]
+        shown = [(own.tflops, ".3g"), (own.gbps, ".4g"), (own.ceiling, ".0%"), (own.peak_mib, ".0f")]
+        shown += [(own.per_second, ".4g")] * rated
+        cells += [format(value, form) if value else "" for value, form in shown]
         for peer in peers:
             other = case.get(peer)
             cells.append("" if other in (None, own) else _range(other, "ratio") + _memory(other, own))
+        cells += [own.targets] * wanted
         yield "| " + " | ".join(cells) + " |"
 
 

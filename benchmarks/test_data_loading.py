@@ -71,7 +71,7 @@ def test_training_transform(contest, jpegs):
     transform = train_transform(384)
     rng = torch.Generator()
     decoded = [load_image(path) for path in jpegs]
-    contest(
+    ratios = contest(
         "train_transform_384",
         {
             "plain Pillow, evaluation": lambda: [plain_pillow(path) for path in jpegs],
@@ -84,6 +84,7 @@ def test_training_transform(contest, jpegs):
         },
         per=len(jpegs),
     )
+    assert ratios["blipfast, decode + official"] >= 1.0  # training loads no slower than plain evaluation
 
 
 def test_small_pictures(contest):
@@ -95,7 +96,7 @@ def test_small_pictures(contest):
     prepared = [strong.prepare(picture) for picture in pictures]
     seeds = range(128)
     rng = torch.Generator()
-    contest(
+    ratios = contest(
         "small_pictures_48",
         {
             "official, one by one": lambda: [
@@ -107,3 +108,4 @@ def test_small_pictures(contest):
         per=128,
         rounds=10,
     )
+    assert ratios["strong, batched"] >= 2 * ratios["strong, one by one"]

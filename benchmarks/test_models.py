@@ -15,81 +15,45 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import forget_peak, resident, versions, write
-from blipfast import reference
+from benchmarks.contenders import Models
+from benchmarks.models.caption import BEAMS, by_transformers
+from benchmarks.models.pretrain import step_of
+from benchmarks.models.retrieval import rerankers
+from benchmarks.models.vqa import rankers
 from blipfast.models.blip import blip_decoder
-from blipfast.models.blip_itm import blip_itm
-from blipfast.models.blip_pretrain import blip_pretrain
-from blipfast.models.blip_vqa import blip_vqa
 from blipfast.models.generation import generate
 from blipfast.quantize import prepare
-from blipfast.reference import Text
-from blipfast.text import init_tokenizer
 
-CAPTION = " ".join(["dog"] * 12)
-ANSWERS = "red blue green dog cat man woman tree house car".split()
-ANSWERS += [f"{a} {b}" for a in ANSWERS for b in ANSWERS] + [f"{a} and a {a}" for a in ANSWERS] * 2
 ROUNDS = 3
 
 
-def padded(texts: list[str], length: int | str) -> Text:
-    padding = (
-        {"padding": "longest"} if length == "longest" else {"padding": "max_length", "max_length": length}
-    )
-    tokens = init_tokenizer()(texts, return_tensors="pt", **padding)
-    return Text(tokens.input_ids, tokens.attention_mask)
+def in_our_words(contenders: dict) -> dict:
+    """As the results name them, the reference first: what the others are compared with."""
+    return {"reference": contenders["reference"], "blipfast": contenders["ours"]}
 
 
-@torch.no_grad()
 def test_reranking_128_texts_an_image(contest):
-    ours, slow = blip_itm(image_size=384).eval(), reference.BLIP_ITM(image_size=384).eval()
-    states = torch.randn(1, 577, 768)
-    texts, text = [CAPTION] * 128, padded([CAPTION] * 128, 35)
-    ids = ours.encode_text(texts)
-
-    def official() -> Tensor:
-        return slow.itm_head(
-            slow.text_encoder(text.starting(slow.tokens.enc), states.repeat(128, 1, 1))[:, 0]
-        )
-
-    ratios = contest(
-        "rerank_128_texts_384",
-        {"reference": official, "blipfast": lambda: ours.match(ours.image_states(states), ids, [0] * 128)},
-        per=128,
-        rounds=ROUNDS,
-    )
+    contenders = in_our_words(rerankers(Models("cpu", 384), 1, 128))
+    ratios = contest("rerank_128_texts_384", contenders, per=128, rounds=ROUNDS)
     assert ratios["blipfast"] >= 8
-
-
-def hugging_face(image_size: int):
-    """transformers' captioner in the shape of BLIP-base."""
-    transformers = pytest.importorskip("transformers")
-    text = {"num_attention_heads": 12, "bos_token_id": 30522, "eos_token_id": 2, "sep_token_id": 102}
-    config = transformers.BlipConfig(text_config=text, vision_config={"image_size": image_size})
-    return transformers.BlipForConditionalGeneration(config).eval()
 
 
 @torch.no_grad()
 def test_captioning_with_3_beams(contest):
     """4 pictures at a time, all captions of 20 tokens with the prompt."""
-    image, limits = torch.randn(4, 3, 384, 384), {"num_beams": 3, "max_length": 20, "min_length": 20}
-    ours, other = blip_decoder(image_size=384).eval(), hugging_face(384)
+    pytest.importorskip("transformers")
+    models = Models("cpu", 384)
+    image, ours = models.pictures(4), models.ours(blip_decoder)
     low, low8 = (prepare(blip_decoder(image_size=384), precision, "cpu") for precision in ("bf16", "int8"))
-    prompt = ours.prompt_ids("cpu")
-    theirs_prompt = torch.cat([prompt, torch.tensor([102])]).repeat(
-        4, 1
-    )  # it drops the last, and writes in it
-
-    def theirs() -> Tensor:
-        return other.generate(pixel_values=image, input_ids=theirs_prompt.clone(), **limits)
-
+    theirs = by_transformers(models.transformers(), image)
     assert theirs().shape[1] == 20
     ratios = contest(
         "caption_3_beams_384",
         {
             "transformers fp32": theirs,
-            "blipfast fp32": lambda: ours.generate(image, **limits),
-            "blipfast bf16": lambda: low.generate(image, **limits),
-            "blipfast int8": lambda: low8.generate(image, **limits),
+            "blipfast fp32": lambda: ours.generate(image, **BEAMS),
+            "blipfast bf16": lambda: low.generate(image, **BEAMS),
+            "blipfast int8": lambda: low8.generate(image, **BEAMS),
         },
         per=4,
         rounds=ROUNDS,
@@ -100,11 +64,12 @@ def test_captioning_with_3_beams(contest):
 @torch.no_grad()
 def test_decoding_alone(contest):
     """The same without the image encoder."""
-    states, limits = torch.randn(4, 577, 768), {"num_beams": 3, "max_length": 20, "min_length": 20}
-    ours, other = blip_decoder(image_size=384).eval(), hugging_face(384)
+    pytest.importorskip("transformers")
+    models = Models("cpu", 384)
+    states, ours, other = models.states(4), models.ours(blip_decoder), models.transformers()
     low, low8 = (prepare(blip_decoder(image_size=384), precision, "cpu") for precision in ("bf16", "int8"))
     prompt = ours.prompt_ids("cpu")
-    rules = limits | {"eos_token_id": 102, "pad_token_id": 0}
+    rules = BEAMS | {"eos_token_id": 102, "pad_token_id": 0}
 
     def decode(model) -> Tensor:
         dtype = model.visual_encoder.pos_embed.dtype
@@ -120,7 +85,7 @@ def test_decoding_alone(contest):
                 encoder_attention_mask=torch.ones(4, 577, dtype=torch.long),
                 eos_token_id=102,
                 pad_token_id=0,
-                **limits,
+                **BEAMS,
             ),
             "blipfast fp32": lambda: decode(ours),
             "blipfast bf16": lambda: decode(low),
@@ -132,54 +97,18 @@ def test_decoding_alone(contest):
     assert ratios["blipfast fp32"] >= 1.5
 
 
-@torch.no_grad()
 def test_vqa_ranking_of_128_answers(contest):
-    ours, slow = blip_vqa(image_size=480).eval(), reference.BLIP_VQA(image_size=480).eval()
-    image, question = torch.randn(1, 3, 480, 480), ["what is the colour of the dog"]
-    text, answers = padded(question, "longest"), padded(ANSWERS, "longest")
-    encoded = ours.encode_answers(ANSWERS)
-
-    def rank() -> Tensor:
-        return ours(image, question, ANSWERS, train=False, inference="rank", k_test=128)
-
-    assert len(encoded) == 130
-    ratios = contest(
-        "vqa_rank_128_480",
-        {
-            "reference": lambda: slow.rank(image, text, answers.starting(slow.tokens.dec), 128),
-            "blipfast": rank,
-        },
-        per=1,
-        rounds=ROUNDS,
-    )
+    contenders = in_our_words(rankers(Models("cpu", 480), 1))
+    ratios = contest("vqa_rank_128_480", contenders, per=1, rounds=ROUNDS)
     assert ratios["blipfast"] >= 1.8
 
 
 BATCH = 4
 
 
-def pretraining_step(which: str, batch: int):
-    """A function that does one step, forward and backward, of BLIP-base at 224."""
-    torch.manual_seed(0)
-    image, captions = torch.randn(batch, 3, 224, 224), [CAPTION] * (batch - 1) + ["a cat"]
-    if which == "blipfast":
-        model = blip_pretrain()
-        forward = lambda: sum(model(image, captions, 0.4))  # noqa: E731
-    else:
-        model = reference.BLIP_Pretrain(image_size=224)
-        text = padded(captions, 30)
-        forward = lambda: sum(model(image, text, 0.4).values())  # noqa: E731
-
-    def step() -> None:
-        forward().backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
 def test_pretraining_step(contest):
-    steps = {which: pretraining_step(which, BATCH) for which in ("reference", "blipfast")}
-    ratios = contest("pretrain_step_224", steps, per=BATCH, rounds=ROUNDS)
+    steps = {which: step_of(which, Models("cpu", 224), BATCH) for which in ("reference", "ours")}
+    ratios = contest("pretrain_step_224", in_our_words(steps), per=BATCH, rounds=ROUNDS)
     assert ratios["blipfast"] >= 1.5
 
 
@@ -189,7 +118,7 @@ BATCHES = (4, 8)
 
 def peak(which: str, batch: int) -> float:
     """MiB by which a step raises a fresh process's memory above the model's; gradients are part of it."""
-    step = pretraining_step(which, batch)
+    step = step_of("ours" if which == "blipfast" else which, Models("cpu", 224), batch)
     gc.collect()
     forget_peak()
     before = resident("VmRSS")

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from benchmarks.cases import Case  # noqa: E402
-from benchmarks.measure import explain, spread, time_in_turn  # noqa: E402
+from benchmarks.measure import close, explain, spread, tensors, time_in_turn  # noqa: E402
 from benchmarks.worker import collect  # noqa: E402
 from blipfast.kernels import table  # noqa: E402
 
@@ -149,9 +149,9 @@ def tune(op: str, cases: Sequence[Case], arch: int, seconds: float, folder: Path
 
 def _timer(trial: Trial, bucket: str, runs: list[Run]) -> Callable[[Config, Config], float]:
     """time_ratio for `climb`: the geometric mean over the cases."""
-    wanted = [_tensors(run()) for run in runs]
+    wanted = [tensors(run()) for run in runs]
     for i, run in enumerate(runs):  # what draws random numbers cannot be compared
-        if not all(torch.equal(a, b) for a, b in zip(_tensors(run()), wanted[i], strict=True)):
+        if not all(torch.equal(a, b) for a, b in zip(tensors(run()), wanted[i], strict=True)):
             wanted[i] = []
 
     def time_ratio(candidate: Config, incumbent: Config) -> float:
@@ -161,8 +161,8 @@ def _timer(trial: Trial, bucket: str, runs: list[Run]) -> Callable[[Config, Conf
                 name: trial.using(bucket, c, run) for name, c in {"new": candidate, "old": incumbent}.items()
             }
             try:
-                got = _tensors(contenders["new"]())
-                if not all(_close(a, b) for a, b in zip(got, want)):
+                got = tensors(contenders["new"]())
+                if not all(close(a, b) for a, b in zip(got, want)):
                     print(f"    {candidate}: other results")
                     return float("inf")
             except Exception as error:  # does not compile, or needs more than the chip has
@@ -192,19 +192,6 @@ def _runs(run: Run) -> bool:
     return True
 
 
-def _tensors(result: object) -> list[torch.Tensor]:
-    found = [result] if isinstance(result, torch.Tensor) else list(result or [])
-    return [x.clone() for x in found if isinstance(x, torch.Tensor)]
-
-
-def _close(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Equal but for the order of sums: relative to the largest value, as errors of products are."""
-    if not want.is_floating_point():
-        return torch.equal(got, want)
-    scale = want.abs().max().float().clamp_min(1e-30) if want.numel() else 1.0
-    return bool(((got.float() - want.float()).abs() <= 0.02 * scale).all())
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     major, minor = torch.cuda.get_device_capability()
     cases, failed = collect("cuda")
     for op, why in failed.items():
-        print(f"benchmarks/ops/{op}.py gave no cases: {why}")
+        print(f"{op} gave no cases: {why}")
     status = int(bool(failed))
     for op in args.ops or sorted(path.stem for path in table.FOLDER.glob("*.json")):
         try:

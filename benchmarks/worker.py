@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from benchmarks import ops
+from benchmarks import models, ops
 from benchmarks.cases import Case
-from benchmarks.measure import explain, measure, measure_ceiling
+from benchmarks.measure import PATIENCE, at_most, explain, measure, measure_ceiling
 
 
 class Lost(RuntimeError):
@@ -28,17 +31,23 @@ class Title:
     dtype: str
     mode: str
     rank: int
+    targets: tuple[str, ...]
+    seconds: float  # after which it is given up
     place: int  # among the operation's cases
 
 
-def collect(device: str) -> tuple[list[Case], dict[str, str]]:
-    """The cases of every file in benchmarks/ops; and of the files that give none, why."""
+def collect(device: str, packages: Sequence[ModuleType] = (models, ops)) -> tuple[list[Case], dict[str, str]]:
+    """The cases of every file in benchmarks/models and benchmarks/ops; and of the files that give none, why."""
     cases, failed = [], {}
-    for name in sorted(module.name for module in pkgutil.iter_modules(ops.__path__)):
-        try:
-            cases += importlib.import_module(f"benchmarks.ops.{name}").cases(device)
-        except Exception as error:  # an operation that does not even import must not hide the others
-            failed[name] = explain(error)
+    for package in packages:
+        for name in sorted(module.name for module in pkgutil.iter_modules(package.__path__)):
+            name = f"{package.__name__}.{name}"
+            try:
+                cases += importlib.import_module(name).cases(device)
+            except Exception as error:  # an operation that does not even import must not hide the others
+                failed[name] = explain(error)
+    if device == "cpu":  # targets are for the shapes on a GPU
+        cases = [replace(case, targets=()) for case in cases]
     return cases, failed
 
 
@@ -98,7 +107,9 @@ def _serve(connection: Any, device: str) -> None:
     titles = []
     for case in cases:
         place = places[case.op] = places.get(case.op, -1) + 1
-        titles.append(Title(case.op, case.shape, str(case.dtype), case.mode, case.rank, place))
+        targets, seconds = tuple(map(str, case.targets)), 3 * PATIENCE if case.items else 60
+        title = Title(case.op, case.shape, str(case.dtype), case.mode, case.rank, targets, seconds, place)
+        titles.append(title)
     connection.send(((titles, failed), True))
     verbs = {
         "ceiling": lambda: measure_ceiling(device),
@@ -130,9 +141,9 @@ def _warm(cases: list[Case], device: str) -> None:
         torch.cuda.set_per_process_memory_fraction(0.08)  # the tests run meanwhile, and need theirs
     for case in cases:
         torch._dynamo.reset()
-        try:
+        with contextlib.suppress(Exception):  # will be told when the case is measured
             contenders = case.setup()
-            for label in {"ours triton", "compiled"} & contenders.keys():
-                contenders[label]()
-        except Exception:  # will be told when the case is measured
-            continue
+            for label in contenders:
+                if label in ("ours triton", "ours") or label.endswith("compiled"):
+                    with contextlib.suppress(Exception), at_most(2 * PATIENCE):
+                        contenders[label]()

@@ -8,11 +8,13 @@ from functools import partial
 import torch
 
 from benchmarks.cases import Case, modes, ours
+from benchmarks.targets import Target
 from blipfast.ops.adamw import AdamWEma
 
 BYTES = 36  # an element: weight, two moments and average read and written, gradient read; all fp32
 SETTINGS = {"lr": 1e-4, "weight_decay": 0.05}
 MOMENTUM = 0.995
+TARGETS = (Target("ceiling", 0.75), Target("speed", 1.5, ("eager", "compiled", "foreach", "apex")))
 
 
 def vit(depth=12, D=768, N=197) -> list[tuple[int, ...]]:
@@ -38,7 +40,9 @@ def _cases(device, name, shapes, rank, compile_it) -> list[Case]:
     elements = sum(torch.Size(shape).numel() for shape in shapes)
     name = f"{name} {len(shapes)} tensors {elements / 1e6:.4g}M"
     make = partial(_make, device, shapes, compile_it)
-    return modes("adamw", name, torch.float32, make, forward=(0, BYTES * elements), rank=rank)
+    return modes(
+        "adamw", name, torch.float32, make, forward=(0, BYTES * elements), rank=rank, targets=TARGETS
+    )
 
 
 def _make(device, shapes, compile_it):

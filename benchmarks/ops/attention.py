@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import Case, compiled, modes, ours, served, size
+from benchmarks.targets import Target
 from blipfast import backends
 from blipfast.ops.attention import Layout, attention_qkv, attention_varlen
 
@@ -26,6 +27,7 @@ PACKED_ON_GPU = [
 ]
 DENSE_ON_CPU = [(4, 65, 4, 32, 0), (2, 197, 4, 32, 1)]
 PACKED_ON_CPU = [("text", 64, 0, 1, (4, 35), 0.0, 0), ("pre-training", 16, 65, 4, (4, 35), 0.0, 0)]
+FORWARD, FULL = ((Target("speed", least, ("sdpa",)),) for least in (1.1, 1.0))  # dense, 197 and 577 tokens
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -42,6 +44,7 @@ def cases(device: str) -> list[Case]:
         found += modes(
             "attention", f"dense B{B} N{N} H{H} D{d}", dtype, partial(_dense, device, B, N, H, d, dtype),
             forward=(flops, moved), full=(3.5 * flops, 3 * moved), rank=rank,
+            targets=() if rank else FORWARD, full_targets=() if rank else FULL,
         )  # fmt: skip
     H, d = (12, 64) if gpu else (4, 32)
     for name, M, N, each, between, dropout, rank in PACKED_ON_GPU if gpu else PACKED_ON_CPU:
@@ -71,10 +74,10 @@ def _dense(device, B, N, H, d, dtype):
 
     def formula(qkv):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return ((q @ k.transpose(-2, -1)) * d**-0.5).softmax(-1) @ v
+        return (((q @ k.transpose(-2, -1)) * d**-0.5).softmax(-1) @ v).transpose(1, 2)
 
     def by_sdpa(qkv):
-        return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        return F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
 
     contenders = ours("attention", device, attention_qkv) | {"eager": formula, "sdpa": by_sdpa}
     if device == "cuda":

@@ -8,12 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Case, compiled, modes, ours, size
+from benchmarks.targets import Target
 from blipfast import reference
 from blipfast.ops.contrastive import contrastive_loss
 
 ALPHA = 0.4
 # batch, queue, rank: a GPU's share of BLIP's batch of 2880 on 32, and a large batch; whether pairs bear ids
 ON_GPU = [(512, 57600, False, 0), (75, 57600, False, 1), (64, 57600, True, 1), (2048, 57600, False, 2)]
+TARGETS = (
+    Target("speed", 5.0, ("eager",)),
+    Target("speed", 2.0, ("compiled",)),
+    Target("memory", 0.05, ("eager",)),
+)
 
 
 def cases(device: str) -> list[Case]:
@@ -26,6 +32,7 @@ def cases(device: str) -> list[Case]:
             "contrastive", f"B{B} Q{Q} E256{' ids' if with_ids else ''}", dtype,
             partial(_make, device, B, Q, with_ids, dtype),
             forward=(2 * product, keys), full=(3 * product, keys), rank=rank,
+            targets=() if rank else TARGETS,
         )  # fmt: skip
     return found
 
@@ -42,7 +49,7 @@ def _make(device, B, Q, with_ids, dtype):
     form = dict(query_ids=ids, key_ids=ids, queue_ids=queue_ids) if with_ids else dict(own=own)
 
     def ours_with(query, temp):
-        return contrastive_loss(query, teacher, keys, queue, temp, ALPHA, **form)
+        return contrastive_loss(query, teacher, keys, queue, temp, ALPHA, **form)[0]
 
     def whole_matrix(query, temp):
         if with_ids:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Case, compiled, modes, ours, size
+from benchmarks.targets import Target
 from blipfast.ops.layer_norm import add_layer_norm, dropout_add_layer_norm
 
 # form, rows, width, rank: ViT-B at 224, 384 and 480, ViT-L at 384; MED on a batch's texts, and on many for a rerank
@@ -23,6 +24,7 @@ ON_GPU = [
 ]
 ON_CPU = [("pre-norm", 4 * 50, 192, 0), ("post-norm dropout", 60, 192, 0)]
 DROPOUT = 0.1
+TARGETS = (Target("ceiling", 0.75), Target("speed", 1.5, ("eager", "compiled", "apex")))  # with dropout
 
 
 def pre_norm(x, residual, weight, bias):
@@ -47,6 +49,7 @@ def cases(device: str) -> list[Case]:
         found += modes(
             "layer_norm", f"{form} T{T} D{D}", dtype, partial(_make, device, form, T, D, dtype),
             forward=(0, forward), full=(0, full), rank=rank,
+            targets=TARGETS if "dropout" in form and not rank else (),
         )  # fmt: skip
     return found
 

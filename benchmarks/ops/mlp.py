@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Case, compiled, modes, ours, size
+from benchmarks.targets import Target
 from blipfast.ops.mlp import mlp
 
 # batch, tokens, width, rank: ViT-B at 224, 384 and 480 pixels, ViT-L at 384, MED on the tokens of 75 captions
 ON_GPU = [(75, 197, 768, 0), (64, 577, 768, 0), (24, 901, 768, 1), (32, 577, 1024, 1), (75, 13, 768, 1)]
+TARGETS = (Target("speed", 1.0, ("compiled",)),)
 
 
 def two_linear_layers(x, weight1, bias1, weight2, bias2):
@@ -27,6 +29,7 @@ def cases(device: str) -> list[Case]:
         found += modes(
             "mlp", f"B{B} N{N} D{D}", dtype, partial(_make, device, B, N, D, dtype),
             forward=(flops, moved), full=(3 * flops, 3 * moved), rank=rank,
+            targets=() if rank else TARGETS,
         )  # fmt: skip
     return found
 

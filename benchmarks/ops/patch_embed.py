@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Case, compiled, modes, ours, size
+from benchmarks.targets import Target
 from blipfast.data.transforms import MEAN, STD
 from blipfast.ops.patch_embed import fold_normalisation, patch_embed, patch_embed_uint8
 
@@ -20,6 +21,7 @@ ON_GPU = [
     (64, 384, 1024, 1),
     (1, 384, 768, 2),
 ]
+TARGETS = (Target("speed", 2.0, ("eager",)),)
 
 
 def convolution(images, weight, bias, cls, pos):
@@ -44,10 +46,11 @@ def cases(device: str) -> list[Case]:
         found += modes(
             "patch_embed", name, dtype, partial(_floats, device, B, side, D, dtype),
             forward=(flops, image + y), full=(2 * flops, 2 * (image + y)), rank=rank,
+            targets=TARGETS if B >= 64 else (),
         )  # fmt: skip
         found += modes(
             "patch_embed", f"{name} uint8", dtype, partial(_pixels, device, B, side, D, dtype),
-            forward=(flops, image / 4 + y), rank=max(1, rank),
+            forward=(flops, image / 4 + y), rank=max(1, rank), targets=TARGETS if B >= 64 else (),
         )  # fmt: skip
     return found
 

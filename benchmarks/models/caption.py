@@ -1,0 +1,71 @@
+"""Captions by beam search, all of 20 tokens with the prompt, beside transformers' BLIP in each setting that it has."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases import Case, Contenders, built_late
+from benchmarks.contenders import Models
+from benchmarks.targets import Target
+from blipfast.models.blip import blip_decoder
+
+BEAMS = {"num_beams": 3, "max_length": 20, "min_length": 20}
+SEP = 102
+
+
+def cases(device: str) -> list[Case]:
+    models = Models.for_gpu(device, 384)
+    B = 32 if device == "cuda" else 2
+    return [
+        Case(
+            "caption", f"B{B} {models.side}px 3 beams 20 tokens", models.dtype, partial(_make, models, B),
+            0, 0, rank=0, items=B, targets=(Target("speed", 8.0, ("transformers",)),),
+            remark="Settings that transformers' BLIP refuses are listed under 'Without a figure'.",
+        )
+    ]  # fmt: skip
+
+
+def _make(models: Models, B: int) -> Contenders:
+    image = models.pictures(B)
+
+    def ours():
+        model = models.ours(blip_decoder)
+        return lambda: model.generate(image, **BEAMS)
+
+    def theirs(attention="eager", change=lambda model: model, **settings):
+        def build():
+            if settings:  # what a CPU refuses with an error would cost a GPU its CUDA context
+                small = Models.for_gpu("cpu", 64)
+                by_transformers(small.transformers(attention), small.pictures(1), **settings)()
+            return by_transformers(change(models.transformers(attention)), image, **settings)
+
+        return built_late(build)
+
+    found = {
+        "ours": built_late(ours),
+        "transformers": theirs(),
+        "transformers sdpa": theirs("sdpa"),
+        "transformers static cache": theirs(cache_implementation="static"),
+    }
+    return found | ({"transformers compiled": theirs(change=compiled)} if models.device == "cuda" else {})
+
+
+def by_transformers(model: nn.Module, image: Tensor, **settings):
+    """Captions of the pictures by transformers' `generate`, as a function that gives token ids [B, 20]."""
+    prompt = torch.tensor([30522, 1037, 3861, 1997, SEP], device=image.device)  # [DEC] a picture of [SEP]
+
+    def caption() -> Tensor:
+        ids = prompt.repeat(len(image), 1)  # it drops the last, and writes in it
+        return model.generate(pixel_values=image, input_ids=ids, **BEAMS, **settings)
+
+    return caption
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """Both parts under torch.compile; a cache that grows makes it compile the decoder for any length."""
+    model.vision_model.forward = torch.compile(model.vision_model.forward)
+    model.text_decoder.forward = torch.compile(model.text_decoder.forward)
+    return model

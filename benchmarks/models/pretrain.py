@@ -1,0 +1,60 @@
+"""A pre-training step, forward and backward under autocast as in training, beside `reference.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from benchmarks.cases import Case, Contenders, built_late
+from benchmarks.contenders import CAPTION, Models, padded
+from benchmarks.targets import Target
+from blipfast import reference
+from blipfast.models.blip_pretrain import blip_pretrain
+
+# Of one pair with a caption of 14 tokens, at 224: counted by FlopCounterMode over our step, as in tests/test_flops.py.
+# What official BLIP computes beyond it, 306.6 in all, is of no use.
+FLOPS = 198.2e9
+
+
+def cases(device: str) -> list[Case]:
+    models = Models.for_gpu(device, 224, torch.float32)
+    B, flops = (128, FLOPS) if device == "cuda" else (2, 0)
+    targets = (
+        Target("ceiling", 0.40),
+        Target("speed", 4.0, ("reference",)),
+        Target("memory", 0.65, ("reference",)),
+    )
+    return [
+        Case(
+            "pretrain", f"B{B} {models.side}px", torch.bfloat16 if device == "cuda" else torch.float32,
+            partial(_make, models, B, device == "cuda"), B * flops, 0, "full", 0, B, targets=targets,
+            remark="fp32 weights under autocast to bf16, captions of 14 tokens, a queue of 57,600; without optimizer.",
+        )
+    ]  # fmt: skip
+
+
+def _make(models: Models, B: int, bf16: bool) -> Contenders:
+    return {which: built_late(partial(step_of, which, models, B, bf16)) for which in ("ours", "reference")}
+
+
+def step_of(which: str, models: Models, B: int, bf16: bool = False) -> Callable[[], None]:
+    """A function that does one step, forward and backward, of "ours" or the "reference"; bf16: under autocast."""
+    torch.manual_seed(0)
+    image, captions = models.pictures(B), [CAPTION] * (B - 1) + ["a cat"]
+    if which == "ours":
+        model = models.ours(blip_pretrain).train()
+        forward = lambda: sum(model(image, captions, 0.4))  # noqa: E731
+    else:
+        model = models.reference(reference.BLIP_Pretrain).train()
+        text = padded(captions, 30, models.device)
+        forward = lambda: sum(model(image, text, 0.4).values())  # noqa: E731
+
+    def step() -> None:
+        with torch.autocast(models.device, torch.bfloat16, enabled=bf16):
+            loss = forward()
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
