@@ -45,8 +45,8 @@ def test_captioning_with_3_beams(contest):
     models = Models("cpu", 384)
     image, ours = models.pictures(4), models.ours(blip_decoder)
     low, low8 = (prepare(blip_decoder(image_size=384), precision, "cpu") for precision in ("bf16", "int8"))
-    theirs = by_transformers(models.transformers(), image)
-    assert theirs().shape[1] == 20
+    theirs = by_transformers(models.transformers(), [image])
+    assert theirs()[0].shape[1] == 20
     ratios = contest(
         "caption_3_beams_384",
         {

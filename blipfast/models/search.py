@@ -17,8 +17,8 @@ from .replay import Replay, replays
 class Search:
     """State of up to C images of which the first `active` run; a subclass says how tokens are chosen.
 
-    `grow` adds a token to every text without the host: on a GPU it is replayed, always for all C places. Places that
-    are not active compute, too, and are not read.
+    `start` and `grow` do a step without the host. On a GPU they are replayed for all C places; those that are not
+    active compute, too, and are not read.
     """
 
     def __init__(self, rules, prompt: Tensor, decoding: Decoding):
@@ -30,7 +30,10 @@ class Search:
         self.numbers: list[int] = []
         self.lengths: list[int] = []  # `length` of the active ones, on the host
         self.draws = torch.empty(C, k, rules.max_length, device=device) if rules.sample else None
-        self.replay = Replay(lambda: self.grow(C, rules.max_length), device) if replays(device) else None
+        self.replay = self.replay_start = None
+        if replays(device):
+            self.replay = Replay(lambda: self.grow(C, rules.max_length), device)
+            self.replay_start = Replay(lambda: self.start(slice(0, C)), device)
 
     @property
     def active(self) -> int:
@@ -44,7 +47,7 @@ class Search:
         return free if self.replay is None or 2 * free >= C else 0
 
     def admit(self, numbers: list[int], images: ImageMemory, draws: Tensor | None) -> None:
-        """Take images in, and choose the first token of their texts."""
+        """Take images in, and start their texts."""
         first, last = self.active, self.active + len(numbers)
         if images is not self.decoding.images:
             self.decoding.put(first, images)
@@ -52,7 +55,13 @@ class Search:
         self.lengths += [len(self.prompt) + 1] * len(numbers)
         if draws is not None:
             self.draws[first:last] = draws
-        here = slice(first, last)
+        if self.replay_start is not None and len(numbers) == len(self.ids):
+            self.replay_start()
+        else:
+            self.start(slice(first, last))
+
+    def start(self, here: slice) -> None:
+        """Choose the first token of the images' texts."""
         self.reset(here)
         self.choose(here, self.decoding.read_prompt(here, self.prompt).float())
 
@@ -60,8 +69,8 @@ class Search:
         """Let images begin with the prompt."""
         self.ids[here] = self.prompt[0]  # unwritten places too: the repetition penalty counts it anyway
         self.ids[here, :, : len(self.prompt)] = self.prompt
-        self.length[here] = len(self.prompt)
-        self.done[here] = False
+        self.length[here].fill_(len(self.prompt))
+        self.done[here].fill_(False)
 
     def advance(self) -> list[tuple[int, list[list[int]]]]:
         """Retire the images that have all their texts, then add a token to the others' texts."""
@@ -150,7 +159,7 @@ class Draws(Search):
 
     def reset(self, here: slice) -> None:
         super().reset(here)
-        self.ended[here] = False
+        self.ended[here].fill_(False)
 
     def states(self) -> list[Tensor]:
         return [*super().states(), self.ended]
@@ -208,7 +217,7 @@ class BeamSearch(Search):
 
     def reset(self, here: slice) -> None:
         super().reset(here)
-        self.ended_score[here] = -torch.inf
+        self.ended_score[here].fill_(-torch.inf)
 
     def states(self) -> list[Tensor]:
         return [*super().states(), self.score, self.ended_score, self.ended_ids, self.ended_length]
