@@ -154,7 +154,7 @@ def gpu_tests(log: Path, seconds: float) -> str:
     files = [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
-        command += ["-n", "4"]
+        command += ["-n", str(min(8, os.cpu_count() // 2))]
     with log.open("w") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True

@@ -1,22 +1,28 @@
 """Finds the fastest configuration of each kernel on this GPU and rewrites kernels/tables/*.json.
 
-    python benchmarks/tune_kernels.py [--ops NAME ...] [--minutes 10] [--output FOLDER]
+    python benchmarks/tune_kernels.py [--ops NAME ...] [--buckets TEXT ...] [--output FOLDER]
 
-Starts from the table's configuration and moves to a neighbour (one number doubled, halved, or a stage more or less)
-as long as one is at least 1 % faster over the cases of benchmarks/ops that use that bucket, candidate and incumbent run
-in turn. A neighbour is passed over if it does not compile, or if its results differ from the first configuration's by
-more than rounding. In the end the buckets are marked `wins: false` where PyTorch is faster over those cases. Run
-`make aot` and the tests afterwards: they know the limits of the chips that are not here.
+For every bucket that the cases of benchmarks/ops look up, all configurations of a grid (`GRIDS`) are tried: several
+processes compile them, then they are timed in turn over the bucket's cases, and the fastest is kept. One that does not
+compile, or whose results differ from the shipped one's by more than rounding, is passed over. In the end a bucket is
+marked `wins: false` where PyTorch is faster over those cases. Run `make aot` and the tests afterwards: they know the
+limits of the chips that are not here.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
+import itertools
 import json
+import multiprocessing
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from statistics import geometric_mean
 from types import MappingProxyType
@@ -33,42 +39,38 @@ from blipfast.kernels import table  # noqa: E402
 
 Config = dict[str, Any]
 Run = Callable[[], object]
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 6)}
-GAIN = 0.99  # a neighbour must take less than this share of the incumbent's time
+Task = tuple[int, str, Config]  # place of the case, bucket, configuration
+GRIDS: dict[str, dict[str, Sequence[int]]] = {
+    "adamw": {"chunk": (8192, 16384, 32768, 65536), "block": (1024, 2048, 4096), "num_warps": (4, 8)},
+    "attention": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "column_sum": {
+        "ROWS": (16, 32, 64),
+        "COLUMNS": (64, 128, 256),
+        "num_warps": (4, 8),
+        "per_processor": (4, 8),
+    },
+    "contrastive": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "gelu_gradient": {
+        "ROWS": (8, 16, 32),
+        "COLUMNS": (128, 256),
+        "num_warps": (4, 8),
+        "per_processor": (4, 8, 16),
+    },
+    "layer_norm": {"elements": (1024, 2048, 4096), "num_warps": (2, 4, 8), "per_processor": (2, 4, 8)},
+    "linear_cross_entropy": {"BLOCK": (2048, 4096, 8192), "num_warps": (4, 8, 16), "num_stages": (2, 3)},
+    "mlp": {"BN": (128, 256), "BK": (32, 64), "GROUP": (8, 16), "num_warps": (4, 8), "num_stages": (3, 4)},
+    "patch_embed": {"BN": (128, 256), "BK": (32, 64), "num_warps": (4, 8), "num_stages": (3, 4)},
+}
+FEW_ROWS = {"BM": (16, 32), "BN": (16, 32, 64), "num_warps": (1, 2, 4), "num_stages": (1, 2)}
+SHOWN = 4  # configurations of a bucket that are printed with their times
 
 
-def neighbours(config: Config) -> Iterator[Config]:
-    """Configurations that differ in one number: half or double of it, or one more or less of num_stages."""
-    for key, value in config.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
-        low, high = LIMITS.get(key, (1, 2**16))
-        for other in (value - 1, value + 1) if key == "num_stages" else (value // 2, value * 2):
-            if low <= other <= high:
-                yield {**config, key: other}
-
-
-def climb(start: Config, time_ratio: Callable[[Config, Config], float], until: float) -> Config:
-    """The configuration from which no neighbour leads further up, or the best one when the time is over.
-
-    time_ratio(candidate, incumbent): the candidate's time over the incumbent's; infinity if it cannot serve.
-    """
-    best, tried = start, [start]
-    improved = True
-    while improved:
-        improved = False
-        for candidate in neighbours(best):
-            if time.monotonic() > until:
-                return best
-            if candidate in tried:
-                continue
-            tried.append(candidate)
-            ratio = time_ratio(candidate, best)
-            if ratio < GAIN:
-                print(f"    {candidate}  x{1 / ratio:.3f}", flush=True)
-                best, improved = candidate, True
-                break
-    return best
+def candidates(op: str, bucket: str, shipped: Config) -> list[Config]:
+    """The shipped configuration, then the rest of the grid."""
+    grid = FEW_ROWS if bucket.endswith(("few", "text")) else GRIDS[op]
+    keys = [key for key in shipped if key in grid]
+    every = [{**shipped, **dict(zip(keys, values))} for values in itertools.product(*map(grid.get, keys))]
+    return [shipped, *(config for config in every if config != shipped)]
 
 
 class Trial:
@@ -84,16 +86,16 @@ class Trial:
         self._stored = table._entry
 
     def __enter__(self) -> Trial:
-        table._entry = self._entry
+        self._stored, table._entry = table._entry, self._entry
         return self
 
     def __exit__(self, *_: object) -> None:
         table._entry = self._stored
 
-    def _entry(self, op: str, arch: int, bucket: str) -> tuple[MappingProxyType[str, Any], bool]:
+    def _entry(self, op: str, arch: int, *buckets: str) -> tuple[MappingProxyType[str, Any], bool]:
         if op != self.op:
-            return self._stored(op, arch, bucket)
-        bucket = bucket if bucket in self.buckets else "default"
+            return self._stored(op, arch, *buckets)
+        bucket = next((bucket for bucket in buckets if bucket in self.buckets), "default")
         self.asked.add(bucket)
         config = dict(self.buckets[bucket])
         return MappingProxyType(config), config.pop("wins", True)
@@ -125,71 +127,112 @@ class Trial:
         (folder / f"{self.op}.json").write_text("{\n" + ",\n".join(arches) + "\n}\n")
 
 
-def tune(op: str, cases: Sequence[Case], arch: int, seconds: float, folder: Path) -> None:
-    """Tune every bucket of one operation that its cases look up, and write its table."""
-    until = time.monotonic() + seconds
-    setups = [case.setup() for case in cases if case.rank < 2]
-    setups = [contenders for contenders in setups if "ours triton" in contenders]
-    with Trial(op, arch) as trial:
-        runs = [contenders["ours triton"] for contenders in setups]
-        used = [trial.buckets_of(run) for run in runs]
-        for bucket in sorted(set().union(*used)):
-            print(f"{op} {bucket}: {trial.buckets[bucket]}", flush=True)
-            own = [run for run, buckets in zip(runs, used) if bucket in buckets]
-            trial.buckets[bucket] = climb(trial.buckets[bucket], _timer(trial, bucket, own), until)
-        for bucket in sorted(set().union(*used)):
-            peers = [contenders for contenders, buckets in zip(setups, used) if bucket in buckets]
-            ratio = geometric_mean(map(_against_peers, peers))
-            print(f"{op} {bucket}: the best other takes x{ratio:.3f} of our time", flush=True)
-            trial.buckets[bucket].pop("wins", None)
-            if ratio < 1:
-                trial.buckets[bucket]["wins"] = False
-        trial.save(folder)
+class Tuning:
+    """One operation: its cases, and which of them look up which bucket."""
+
+    def __init__(self, op: str, arch: int, wanted: Sequence[str] = ()) -> None:
+        """wanted: parts of the names of the buckets to tune; all by default."""
+        self.op, self.arch = op, arch
+        self.cases = {i: case for i, case in enumerate(all_cases()) if case.op == op and case.rank < 2}
+        self.trial = Trial(op, arch)
+        self.of_bucket: dict[str, list[int]] = {}
+        with self.trial:
+            for i, case in self.cases.items():
+                for bucket in self.trial.buckets_of(case.setup()["ours triton"]):
+                    if not wanted or any(part in bucket for part in wanted):
+                        self.of_bucket.setdefault(bucket, []).append(i)
+        for (
+            bucket,
+            own,
+        ) in self.of_bucket.items():  # what is the same forward is told more clearly without backward
+            plain = [i for i in own if self.cases[i].mode == "forward"]
+            self.of_bucket[bucket] = plain or own
+
+    def tasks(self) -> list[Task]:
+        """What there is to compile: every candidate, by the first case that would use it."""
+        return [
+            (own[0], bucket, config)
+            for bucket, own in self.of_bucket.items()
+            for config in candidates(self.op, bucket, self.trial.buckets[bucket])
+        ]
+
+    def tune(self) -> None:
+        """Keep the fastest configuration of every bucket, and say where PyTorch is faster."""
+        with self.trial:
+            for bucket, own in self.of_bucket.items():
+                self.trial.buckets[bucket] = self.fastest(bucket, own)
+            for bucket, own in self.of_bucket.items():
+                ratio = geometric_mean(against_peers(self.cases[i].setup()) for i in own)
+                print(f"{self.op} {bucket}: the best other takes x{ratio:.3f} of our time", flush=True)
+                self.trial.buckets[bucket].pop("wins", None)
+                if ratio < 1:
+                    self.trial.buckets[bucket]["wins"] = False
+
+    def fastest(self, bucket: str, own: Sequence[int]) -> Config:
+        """The candidate with the least time, as a geometric mean over the cases; prints the best few."""
+        every = candidates(self.op, bucket, self.trial.buckets[bucket])
+        times: dict[int, list[float]] = {i: [] for i in range(len(every))}
+        for case in own:
+            run = self.cases[case].setup()["ours triton"]
+            able = right({i: self.trial.using(bucket, every[i], run) for i in times})
+            measured = time_in_turn(able, "cuda", 0.02)
+            times = {i: [*times[i], spread(measured[i])[1]] for i in able}
+            torch.cuda.empty_cache()
+        order = sorted(times, key=lambda i: geometric_mean(times[i]))
+        print(f"{self.op} {bucket}: ms of {', '.join(self.cases[i].shape for i in own)}")
+        for i in [*order[:SHOWN], 0]:
+            print("  ", *(f"{ms:.4f}" for ms in times[i]), every[i], "(shipped)" * (i == 0), flush=True)
+        return every[order[0]]
 
 
-def _timer(trial: Trial, bucket: str, runs: list[Run]) -> Callable[[Config, Config], float]:
-    """time_ratio for `climb`: the geometric mean over the cases."""
-    wanted = [tensors(run()) for run in runs]
-    for i, run in enumerate(runs):  # what draws random numbers cannot be compared
-        if not all(torch.equal(a, b) for a, b in zip(tensors(run()), wanted[i], strict=True)):
-            wanted[i] = []
-
-    def time_ratio(candidate: Config, incumbent: Config) -> float:
-        ratios = []
-        for run, want in zip(runs, wanted):
-            contenders = {
-                name: trial.using(bucket, c, run) for name, c in {"new": candidate, "old": incumbent}.items()
-            }
-            try:
-                got = tensors(contenders["new"]())
-                if not all(close(a, b) for a, b in zip(got, want)):
-                    print(f"    {candidate}: other results")
-                    return float("inf")
-            except Exception as error:  # does not compile, or needs more than the chip has
-                print(f"    {candidate}: {explain(error)}")
-                return float("inf")
-            times = time_in_turn(contenders, "cuda", 0.15)
-            ratios.append(spread([a / b for a, b in zip(times["new"], times["old"])])[1])
-        return geometric_mean(ratios)
-
-    return time_ratio
+@functools.cache
+def all_cases() -> list[Case]:
+    return collect("cuda")[0]
 
 
-def _against_peers(contenders: dict[str, Run]) -> float:
+def right(runs: dict[int, Run]) -> dict[int, Run]:
+    """Those that run, and give what the first gives; 0 is the shipped configuration."""
+    want = tensors(runs[0]())
+    if not all(torch.equal(a, b) for a, b in zip(tensors(runs[0]()), want, strict=True)):
+        want = []  # what draws random numbers cannot be compared
+    able = {}
+    for i, run in runs.items():
+        with contextlib.suppress(Exception):  # does not compile, or needs more than the chip has
+            if all(close(a, b) for a, b in zip(tensors(run()), want)):
+                able[i] = run
+    return able
+
+
+def against_peers(contenders: dict[str, Run]) -> float:
     """The time of the fastest other contender over ours."""
-    able = {label: run for label, run in contenders.items() if _runs(run)}
-    times = time_in_turn(able, "cuda", 0.3)
-    middle = {label: spread(own)[1] for label, own in times.items()}
+    able = {}
+    for label, run in contenders.items():
+        with contextlib.suppress(Exception):  # a peer that cannot do this case does not count
+            run()
+            able[label] = run
+    middle = {label: spread(own)[1] for label, own in time_in_turn(able, "cuda", 0.1).items()}
     ours = middle.pop("ours triton")
     return min(middle.values(), default=float("inf")) / ours
 
 
-def _runs(run: Run) -> bool:
-    try:
-        run()
-    except Exception:  # a peer that cannot do this case does not count
-        return False
-    return True
+def compile_ahead(tasks: Iterable[Task], arch: int, processes: int) -> None:
+    """Compile in several processes, for the cache on disk; tasks of one case one behind the other."""
+    context = multiprocessing.get_context("spawn")
+    with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(processes, context) as pool:
+        for _ in pool.map(functools.partial(compile_one, arch=arch), tasks, chunksize=4):
+            pass
+
+
+def compile_one(task: Task, arch: int) -> None:
+    place, bucket, config = task
+    run = prepared(place)
+    with Trial(all_cases()[place].op, arch) as trial, contextlib.suppress(Exception):  # told when it is timed
+        trial.using(bucket, config, run)()
+
+
+@functools.lru_cache(maxsize=1)
+def prepared(place: int) -> Run:
+    return all_cases()[place].setup()["ours triton"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,7 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ops", nargs="+", help="only these; all that have a table by default")
-    parser.add_argument("--minutes", type=float, default=10, help="for each operation, 10 by default")
+    parser.add_argument(
+        "--buckets", nargs="+", default=[], help="only buckets whose names contain one of these"
+    )
     parser.add_argument("--output", type=Path, default=table.FOLDER, help="folder; kernels/tables by default")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -205,14 +250,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
     major, minor = torch.cuda.get_device_capability()
-    cases, failed = collect("cuda")
-    for op, why in failed.items():
-        print(f"{op} gave no cases: {why}")
-    status = int(bool(failed))
+    arch = 10 * major + minor
+    room = int(torch.cuda.get_device_properties(0).total_memory / 8e9)
+    processes = max(1, min(room, (os.cpu_count() or 2) - 1))
+    status = 0
     for op in args.ops or sorted(path.stem for path in table.FOLDER.glob("*.json")):
         try:
-            own = [case for case in cases if case.op == op]
-            tune(op, own, 10 * major + minor, 60 * args.minutes, args.output)
+            tuning = Tuning(op, arch, args.buckets)
+            compile_ahead(tuning.tasks(), arch, processes)
+            tuning.tune()
+            tuning.trial.save(args.output)
         except Exception as error:  # the other operations can still be tuned
             print(f"{op}: not tuned: {explain(error)}")
             status = 1

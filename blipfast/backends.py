@@ -95,6 +95,11 @@ def use(default: str | None = None, **by_op: str) -> Iterator[None]:
         _overrides.reset(token)
 
 
+def asked() -> tuple[tuple[dict[str, str], ...], str | None]:
+    """What overrules the choices at present: that of `use`, and the environment's."""
+    return _overrides.get(), os.environ.get(VARIABLE)
+
+
 def recompute_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """`context_fn` of torch.utils.checkpoint: what is recomputed, on a thread of autograd's, is served as at first."""
     present = _overrides.get()
@@ -158,13 +163,13 @@ def _wins(op: str, device: int | None, bucket: str) -> bool:
 @constant_when_compiled
 def _forced(op: str) -> str | None:
     """What an override asks of `op`; the innermost wins, and in each the operation's own name over the default."""
-    overrides, environment = _overrides.get(), os.environ.get(VARIABLE)
+    overrides, environment = asked()
     if not overrides and not environment:
         return None
-    for asked in (*reversed(overrides), _environment(environment or "")):
-        name = asked.get(op)
+    for override in (*reversed(overrides), _environment(environment or "")):
+        name = override.get(op)
         if name is None:
-            name = asked.get("")
+            name = override.get("")
             if name is None or (name in NAMES and name not in _registry[op]):
                 continue
         _check(op, name)

@@ -13,7 +13,7 @@ keep is Bernoulli(1 - p) from Philox, 7 rounds, at counter (row, column / 4): re
 call gives the numbers of four columns; one call an element would cost more time than the memory traffic.
 Bytes an element, all 2-byte: forward 8 (6 without z), backward 6 (+2 for dz, +2 for a dx of its own).
 Backward: a fixed number of programs strides over the rows; each writes its share of dweight and dbias [programs, D],
-and a sum in fixed order follows. No atomics: the same input gives the same bits.
+and a second launch adds them up in a fixed order. No atomics: the same input gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,9 +27,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
+from .column_sum import add_shares
 from .table import lookup
 
 MAX_D = 4096
+SUM_ROWS, SUM_COLUMNS = (
+    256,
+    16,
+)  # of the tiles in which shares are added: few columns, so that there are many programs
 
 
 @triton.jit
@@ -130,12 +135,11 @@ def forward(
     mean = x.new_empty(T if store_z else 0, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if T:
-        block = _block(D)
-        rows = _rows(config, block)
+        rows, block, warps = _tile(config, D)
         _forward[(triton.cdiv(T, rows),)](
             x, residual, weight, bias, y, z, mean, rstd, seed,
             T, D, eps, *_chance(dropout),
-            STORE_Z=store_z, ROWS=rows, BLOCK_D=block, num_warps=config["num_warps"],
+            STORE_Z=store_z, ROWS=rows, BLOCK_D=block, num_warps=warps,
         )  # fmt: skip
     return y, z, mean, rstd
 
@@ -164,17 +168,17 @@ def backward(
     dx = z.new_empty((T if own_dx else 0, D), dtype=x_dtype)
     if not T:
         return dx, dr, torch.zeros_like(weight), torch.zeros_like(weight)
-    block = _block(D)
-    rows = _rows(config, block)
+    rows, block, warps = _tile(config, D)
     programs = min(triton.cdiv(T, rows), programs)
     shares = z.new_empty((2, programs, D), dtype=torch.float32)
     _backward[(programs,)](
         dy, dz, z, mean, rstd, weight, dr, dx if own_dx else None, shares, seed,
         T, D, *_chance(dropout),
-        ROWS=rows, BLOCK_D=block, num_warps=config["num_warps"],
+        ROWS=rows, BLOCK_D=block, num_warps=warps,
     )  # fmt: skip
-    dw, db = shares.sum(1).to(weight.dtype)
-    return dx, dr, dw.clone(), db.clone()
+    dw, db = torch.empty_like(weight), torch.empty_like(weight)
+    add_shares(shares, dw, db)
+    return dx, dr, dw, db
 
 
 def _chance(dropout: float) -> tuple[int, float]:
@@ -182,17 +186,15 @@ def _chance(dropout: float) -> tuple[int, float]:
     return round(dropout * 2**31), 1 / (1 - dropout)
 
 
-def _block(D: int) -> int:
+def _tile(config: Mapping[str, Any], D: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile of about `elements` elements, and its warps: more where one row has more than that."""
     if D > MAX_D:
         raise ValueError(
             f"layer_norm: the kernel takes at most {MAX_D} columns, got {D}; use backend 'torch'"
         )
-    return max(16, triton.next_power_of_2(D))
-
-
-def _rows(config: Mapping[str, Any], block: int) -> int:
-    """Rows a tile: about `elements` elements."""
-    return min(16, max(1, config["elements"] // block))
+    block = max(16, triton.next_power_of_2(D))
+    rows = min(16, max(1, config["elements"] // block))
+    return rows, block, config["num_warps"] * max(1, block // config["elements"])
 
 
 def aot_cases(arch: int) -> list[AotCase]:
@@ -207,29 +209,24 @@ def aot_cases(arch: int) -> list[AotCase]:
             config = lookup("layer_norm", arch, "forward")
             pointers = dict.fromkeys(("x_ptr", "r_ptr", "y_ptr", "z_ptr"), data)
             pointers |= dict.fromkeys(("w_ptr", "b_ptr", "mean_ptr", "rstd_ptr"), fp32)
-            shape = {"ROWS": _rows(config, D), "BLOCK_D": D}
+            rows, _, warps = _tile(config, D)
+            shape = {"ROWS": rows, "BLOCK_D": D}
             found.append(
                 AotCase(
                     f"forward {name}",
                     _forward,
                     pointers | sizes | {"eps": "fp32"} | seed[0],
                     {"STORE_Z": True} | shape | seed[1],
-                    config["num_warps"],
+                    warps,
                     3,
                 )
             )
             config = lookup("layer_norm", arch, "backward")
             pointers = dict.fromkeys(("dy_ptr", "dz_ptr", "z_ptr", "dr_ptr", "dx_ptr"), data)
             pointers |= dict.fromkeys(("mean_ptr", "rstd_ptr", "w_ptr", "dwb_ptr"), fp32)
-            shape = {"ROWS": _rows(config, D), "BLOCK_D": D}
+            rows, _, warps = _tile(config, D)
+            shape = {"ROWS": rows, "BLOCK_D": D}
             found.append(
-                AotCase(
-                    f"backward {name}",
-                    _backward,
-                    pointers | sizes | seed[0],
-                    shape | seed[1],
-                    config["num_warps"],
-                    3,
-                )
+                AotCase(f"backward {name}", _backward, pointers | sizes | seed[0], shape | seed[1], warps, 3)
             )
     return found

@@ -196,4 +196,4 @@ def test_gpu_choices_are_said_once(caplog, monkeypatch):
     with caplog.at_level("INFO"):
         for _ in range(3):
             backends.choose("look", HERE.cuda())
-    assert [record.message for record in caplog.records] == ["look is served by sdpa"]
+    assert [record.message for record in caplog.records] == ["look is served by flash_attn"]

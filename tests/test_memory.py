@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -14,7 +13,7 @@ from blipfast.models.blip_pretrain import blip_pretrain
 from blipfast.models.packed import image_states
 from blipfast.ops.attention_torch import Dropped, plain, usual
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
-from blipfast.ops.mlp import gelu_linear
+from blipfast.ops.mlp import mlp
 from blipfast.reference import Text
 
 # base's proportions, 197 image tokens, an eighth of its width and a sixth of its depth
@@ -95,45 +94,11 @@ def test_a_learned_mask_gets_its_gradient_with_dropout_as_well():
     assert mask.grad.abs().sum() > 0
 
 
-def gelu_and_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(F.gelu(h), weight, bias)
-
-
-def hidden_and_weights(*lead: int) -> list[Tensor]:
+def test_a_feed_forward_keeps_its_input_and_what_came_before_gelu_alone():
     generator = torch.Generator().manual_seed(0)
-    shapes = (*lead, 12), (5, 12), (5,)
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-
-
-@pytest.mark.parametrize("lead", [(6,), (2, 3), (), (0,)])
-def test_gelu_linear_is_gelu_and_then_linear(lead):
-    inputs = hidden_and_weights(*lead)
-    for got, want in zip(draws(gelu_linear, *inputs), draws(gelu_and_linear, *inputs)):
-        assert_close(got, want, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        assert_close(gelu_linear(*inputs), gelu_and_linear(*inputs))
-
-
-def test_gelu_linear_keeps_what_came_before_gelu_alone():
-    h, weight, bias = hidden_and_weights(6)
-    assert not kept(lambda: gelu_linear(h, weight, bias), (h, weight, bias))
-
-
-@pytest.mark.parametrize("frozen", range(3))
-def test_gelu_linear_gives_no_gradient_to_what_is_frozen(frozen):
-    inputs = hidden_and_weights(6)
-    inputs[frozen].requires_grad_(False)
-    gelu_linear(*inputs).sum().backward()
-    assert [x.grad is None for x in inputs] == [i == frozen for i in range(3)]
-
-
-def test_gelu_linear_computes_in_autocasts_dtype_and_gives_fp32_gradients():
-    inputs = hidden_and_weights(6)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, *gradients = draws(gelu_linear, *inputs)
-    assert out.dtype == torch.bfloat16 and all(x.dtype == torch.float32 for x in gradients)
-    for got, want in zip((out, *gradients), draws(gelu_and_linear, *inputs)):
-        assert (got - want).norm() < 0.02 * want.norm()
+    shapes = (6, 5), (12, 5), (12,), (5, 12), (5,)
+    inputs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    assert [x.shape for x in kept(lambda: mlp(*inputs), inputs)] == [(6, 12)]
 
 
 def test_a_text_layers_feed_forward_keeps_one_wide_state_and_uses_a_replaced_linear(small):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blipfast.models import search
+from blipfast import backends
+from blipfast.models import recorded, search
 from blipfast.models.blip import blip_decoder
 from blipfast.models.generation import generate
 from blipfast.models.replay import Replay
@@ -85,6 +90,43 @@ def test_steps_of_all_places_without_the_host_give_the_same_texts(model, how, ba
     Repeat.calls = 0
     assert torch.equal(texts(model, how, batch_size=batch_size), expected)
     assert Repeat.calls
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@torch.no_grad()
+def test_a_call_like_the_last_one_replays_its_record(model, how, monkeypatch):
+    expected = texts(model, how)
+    monkeypatch.setattr(search, "replays", lambda device: True)
+    made = []
+    monkeypatch.setattr(search, "Replay", lambda *args: made.append(1) or Repeat(*args))
+    other = how | {"repetition_penalty": 1.1}
+    for rules, records in ((how, 2), (how, 2), (other, 4), (how, 6)):
+        got = texts(model, rules)
+        assert len(made) == records
+        if rules is how:
+            assert torch.equal(got, expected)
+    with backends.use("torch"):
+        assert torch.equal(texts(model, how), expected) and len(made) == 8
+    model.text_decoder.float().cls.predictions.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)))
+    texts(model, how)
+    assert len(made) == 10, "recorded with other weights"
+    recorded.forget(model.text_decoder)
+    texts(model, how)
+    assert len(made) == 12
+
+
+@torch.no_grad()
+def test_a_record_does_not_keep_its_decoder_alive(model, monkeypatch):
+    monkeypatch.setattr(search, "replays", lambda device: True)
+    monkeypatch.setattr(search, "Replay", Repeat)
+    alone = copy.deepcopy(model)
+    texts(alone, {"num_beams": 3})
+    assert alone.text_decoder in recorded._idle
+    copy.deepcopy(alone)  # the record is no part of the model
+    gone = weakref.ref(alone.text_decoder)
+    del alone
+    gc.collect()
+    assert gone() is None
 
 
 @torch.no_grad()

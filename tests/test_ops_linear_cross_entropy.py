@@ -266,8 +266,10 @@ def test_on_a_gpu_fp32_weights_get_fp32_gradients_under_autocast():
     data = inputs(T=2100, D=768, V=30524, device="cuda")
     with torch.autocast("cuda", torch.bfloat16), backends.use(linear_cross_entropy="triton"):
         got = differentiate(linear_cross_entropy, data, label_smoothing=0.1)
+        plain = differentiate(dense, data, label_smoothing=0.1)
     exact = differentiate(dense, data, 3.0, torch.float64, label_smoothing=0.1)
-    assert got[2].dtype == torch.float32 and relative(got[2], exact[2]) < 1e-2
+    assert got[2].dtype == torch.float32
+    assert relative(got[2], exact[2]) <= 2 * relative(plain[2], exact[2])
 
 
 @pytest.mark.gpu

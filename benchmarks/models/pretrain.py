@@ -20,7 +20,7 @@ FLOPS = 198.2e9
 
 def cases(device: str) -> list[Case]:
     models = Models.for_gpu(device, 224, torch.float32)
-    B, flops = (128, FLOPS) if device == "cuda" else (2, 0)
+    batches, flops = ((384, 128), FLOPS) if device == "cuda" else ((2,), 0)
     targets = (
         Target("ceiling", 0.40),
         Target("speed", 4.0, ("reference",)),
@@ -32,6 +32,7 @@ def cases(device: str) -> list[Case]:
             partial(_make, models, B, device == "cuda"), B * flops, 0, "full", 0, B, targets=targets,
             remark="fp32 weights under autocast to bf16, captions of 14 tokens, a queue of 57,600; without optimizer.",
         )
+        for B in batches
     ]  # fmt: skip
 
 
@@ -51,10 +52,13 @@ def step_of(which: str, models: Models, B: int, bf16: bool = False) -> Callable[
         text = padded(captions, 30, models.device)
         forward = lambda: sum(model(image, text, 0.4).values())  # noqa: E731
 
+    trained = [p for p in model.parameters() if p.requires_grad]
+
     def step() -> None:
         with torch.autocast(models.device, torch.bfloat16, enabled=bf16):
             loss = forward()
         loss.backward()
-        model.zero_grad(set_to_none=True)
+        for p in trained:
+            p.grad = None
 
     return step

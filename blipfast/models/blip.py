@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from blipfast.text import init_tokenizer
 
+from . import recorded
 from .checkpoint import is_url, load_checkpoint
 from .generation import Rules, generate, stream
 from .med import BertConfig, BertLMHeadModel, BertModel
@@ -111,6 +112,11 @@ class BLIP_Decoder(nn.Module):
         self.text_decoder = BertLMHeadModel(config)
         self.prompt = prompt
         self.prompt_length = len(self.tokenizer(prompt).input_ids) - 1
+
+    def train(self, mode: bool = True) -> BLIP_Decoder:
+        if mode:
+            recorded.forget(self.text_decoder)  # training wants the memory
+        return super().train(mode)
 
     def forward(self, image: Tensor, caption: list[str]) -> Tensor:
         """Label-smoothed LM loss, mean over the tokens after the prompt. Captions are cut at 40 tokens."""

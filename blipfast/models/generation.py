@@ -5,7 +5,8 @@ all tokens so far (prompt included), then no end before `min_length`, then the b
 only if it ranks among the best `num_beams`. Lengths count the prompt.
 
 Images come and go: one that has all its texts leaves, and the next that waits takes its place. What an image's texts
-are does not depend on its neighbours.
+are does not depend on its neighbours. On a GPU a step is recorded once and then replayed, also by later calls (see
+`recorded`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import recorded
 from .decoding import Decoding, text_rows
 from .image_memory import image_memory
 from .med import BertConfig, BertLMHeadModel
@@ -124,6 +126,7 @@ def stream(
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
+            recorded.forget(decoder)
             batch_size = max(1, min(batch_size, waiting.largest) // 2)
             waiting.put_back()
 
@@ -135,19 +138,23 @@ def decode(
     kind = BeamSearch if rules.num_beams > 1 and not rules.sample else Draws
     sizes = (kind.rows(rules), len(prompt), rules.max_length)
     search: Draws | BeamSearch | None = None
+    like: dict = {}
     while waiting.more() or search.active:
         free = search.room if search else capacity
         while free and waiting.more():
             chosen = waiting.take(free)
             images = image_memory(decoder.bert.encoder, chosen.embeds, chosen.mask, text_rows(*sizes))
             if search is None:
-                search = kind(rules, prompt, Decoding(decoder, images, *sizes))
+                like = recorded.likeness(kind, rules, prompt, decoder, images)
+                search = recorded.take(decoder, like, prompt)
+                search = search or kind(rules, prompt.clone(), Decoding(decoder, images, *sizes))
                 free = len(chosen.numbers)
             search.admit(chosen.numbers, images, chosen.draws)
             free -= len(chosen.numbers)
         for number, texts in search.advance():
             waiting.finished(number)
             yield number, texts
+    recorded.leave(decoder, like, search)
 
 
 @dataclass

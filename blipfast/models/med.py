@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention
 from blipfast.ops.layer_norm import dropout_add_layer_norm
-from blipfast.ops.mlp import gelu_linear
+from blipfast.ops.mlp import mlp
 
 from .attention import KeepsAttention
 from .med_config import BertConfig, Output
@@ -200,10 +200,10 @@ class BertLayer(nn.Module):
 
     def feed_forward(self, states: Tensor) -> Tensor:
         """The block's last third. In training GELU's output is not kept for backward, unless `dense` was replaced."""
-        dense = self.output.dense
-        if not torch.is_grad_enabled() or type(dense) is not nn.Linear:
+        inner, outer = self.intermediate.dense, self.output.dense
+        if not torch.is_grad_enabled() or {type(inner), type(outer)} != {nn.Linear}:
             return self.output(self.intermediate(states), states)
-        branch = gelu_linear(self.intermediate.dense(states), dense.weight, dense.bias)
+        branch = mlp(states, inner.weight, inner.bias, outer.weight, outer.bias)
         return residual_norm(self.output, branch, states)
 
     def attend_image(self, states, image, image_mask, return_map) -> tuple[Tensor, Tensor | None]:

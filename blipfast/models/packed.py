@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import Layout, attention, attention_varlen
+from blipfast.ops.linear import linear
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 
+from .cast_weights import cast_weights
 from .med import BertEncoder, BertLMHeadModel, BertModel, BertSelfAttention, KeyValue
 from .packing import Ragged, Rows, cross_attention, in_blocks, reads
 
@@ -62,14 +63,20 @@ def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[KeyVa
 
     On a CPU products of this size lose nothing by being many, and stacking the weights would take as long as a layer.
     """
-    linears = [linear for block in blocks for linear in (block.key, block.value)]
+    layers = [layer for block in blocks for layer in (block.key, block.value)]
     heads = blocks[0].num_attention_heads
     if image_embeds.device.type == "cpu":
-        every = [linear(image_embeds).unflatten(-1, (heads, -1)) for linear in linears]
+        every = [layer(image_embeds).unflatten(-1, (heads, -1)) for layer in layers]
     else:
-        weight, bias = (torch.cat([getattr(x, kind) for x in linears]) for kind in ("weight", "bias"))
-        every = F.linear(image_embeds, weight, bias).unflatten(-1, (len(linears), heads, -1)).unbind(2)
+        with cast_weights(*layers):
+            every = as_one(layers, image_embeds).unflatten(-1, (len(layers), heads, -1)).unbind(2)
     return list(zip(every[::2], every[1::2]))
+
+
+def as_one(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """The outputs of linear layers side by side, by one matrix product."""
+    weight, bias = (torch.cat([getattr(layer, kind) for layer in layers]) for kind in ("weight", "bias"))
+    return linear(x, weight, bias)
 
 
 class KeysWhenRead(Sequence):
@@ -128,10 +135,12 @@ class Part:
             return self.text.begun[self.rows] if partial else self.text.begun
         kept = states[self.rows] if partial else states
         inner = block.self
-        query, key, value = (
-            in_blocks(linear, x).unflatten(-1, (inner.num_attention_heads, -1))
-            for linear, x in ((inner.query, kept), (inner.key, states), (inner.value, states))
-        )
+        layers, heads = (inner.query, inner.key, inner.value), inner.num_attention_heads
+        if partial or states.device.type == "cpu" or any(type(layer) is not nn.Linear for layer in layers):
+            made = (in_blocks(layer, x) for layer, x in zip(layers, (kept, states, states)))
+            query, key, value = (x.unflatten(-1, (heads, -1)) for x in made)
+        else:  # many small products take a GPU longer than one, and stacking the weights takes it no time
+            query, key, value = as_one(layers, states).unflatten(-1, (3, heads, -1)).unbind(1)
         dropout = inner.dropout.p if inner.training else 0.0
         if self.sees is None:
             layout = self.last_layout if final else self.layout
@@ -171,12 +180,15 @@ def run(
         looked_at = [(*each.layers[i], each.mask) for each in images]  # not in `step`, which may be run twice
 
         def step(*states: Tensor, i=i, layer=layer, final=final, looked_at=looked_at) -> tuple[Tensor, ...]:
-            attended = [part.attend(i, x, final) for part, x in zip(parts, states)]
-            sizes = [len(x) for x in attended]
-            x = torch.cat(attended) if len(parts) > 1 else attended[0]
-            if looked_at:
-                x = attend_images(layer.crossattention, x, looked_at, final_seen if final else seen)
-            return in_blocks(layer.feed_forward, x).split(sizes)
+            own = [part.model.encoder.layer[i].attention for part in parts]
+            shared = [layer.crossattention] if looked_at else []
+            with cast_weights(*own, *shared, layer.intermediate, layer.output):
+                attended = [part.attend(i, x, final) for part, x in zip(parts, states)]
+                sizes = [len(x) for x in attended]
+                x = torch.cat(attended) if len(parts) > 1 else attended[0]
+                if looked_at:
+                    x = attend_images(layer.crossattention, x, looked_at, final_seen if final else seen)
+                return in_blocks(layer.feed_forward, x).split(sizes)
 
         how = {"use_reentrant": False, "context_fn": recompute_contexts}
         states = checkpoint(step, *states, **how) if recompute else step(*states)

@@ -90,6 +90,8 @@ class Search:
         self.choose(slice(0, n), self.decoding.read_tokens(tokens, length, longest).float())
 
     def retire(self) -> list[tuple[int, list[list[int]]]]:
+        if max(self.lengths) <= self.rules.min_length and max(self.lengths) < self.rules.max_length:
+            return []  # nothing can have ended, and the host does not wait for the device
         done = self.done[: self.active].tolist()
         leaving = [i for i, length in enumerate(self.lengths) if done[i] or length == self.rules.max_length]
         if not leaving:

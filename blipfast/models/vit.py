@@ -17,10 +17,19 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention, attention_qkv
 from blipfast.ops.layer_norm import add_layer_norm
+from blipfast.ops.linear import linear
 from blipfast.ops.mlp import mlp
 from blipfast.ops.patch_embed import patch_embed
 
 from .attention import KeepsAttention
+from .cast_weights import cast_weights
+
+
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), of many rows. A layer that was replaced (int8) or has hooks (ZeRO-3) is called as it is."""
+    if type(layer) is not nn.Linear or layer._forward_pre_hooks or layer._forward_hooks:
+        return layer(x)
+    return linear(x, layer.weight, layer.bias)
 
 
 class Mlp(nn.Module):
@@ -69,7 +78,7 @@ class Attention(KeepsAttention):
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        qkv = project(self.qkv, x).view(B, N, 3, self.num_heads, D // self.num_heads)
         if register_hook:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
@@ -77,7 +86,7 @@ class Attention(KeepsAttention):
             out = (self.attn_drop(weights) @ v).transpose(1, 2)
         else:
             out = attention_qkv(qkv, self.attn_drop.p if self.training else 0.0, self.scale)
-        return self.proj_drop(self.proj(out.reshape(B, N, D)))
+        return self.proj_drop(project(self.proj, out.reshape(B, N, D)))
 
 
 class DropPath(nn.Module):
@@ -122,9 +131,14 @@ class Block(nn.Module):
 
     def run(self, branch: Callable[..., Tensor], *args) -> Tensor:
         """One of the two branches, recomputed in backward if asked for."""
+
+        def cast_and_run(*args) -> Tensor:
+            with cast_weights(getattr(branch, "__self__", branch)):  # the module, or the module of a method
+                return branch(*args)
+
         if self.use_grad_checkpointing and self.training:
-            return checkpoint(branch, *args, use_reentrant=False, context_fn=recompute_contexts)
-        return branch(*args)
+            return checkpoint(cast_and_run, *args, use_reentrant=False, context_fn=recompute_contexts)
+        return cast_and_run(*args)
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         x = x + self.drop_path(self.run(self.attn, self.norm1(x), register_hook))
@@ -222,7 +236,7 @@ class VisionTransformer(nn.Module):
         h = norms[0](x)
         for i, block in enumerate(self.blocks):  # each branch is added, and the sum normalised, in one pass
             if class_only and i == len(self.blocks) - 1:
-                branch, x = block.attn.class_row(h), x[:, :1]
+                branch, x = block.run(block.attn.class_row, h), x[:, :1]
             else:
                 branch = block.run(block.attn, h, register_blk == i)
             h, x = add_norm(block.drop_path(branch), x, norms[2 * i + 1])

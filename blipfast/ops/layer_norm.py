@@ -96,7 +96,7 @@ class _AddLayerNorm(torch.autograd.Function):
         if dy is None:
             dy = torch.zeros_like(z)
         dx, dr, dw, db = _backward(dy, dz, z, mean, rstd, weight, seed, dropout, x_dtype, residual_dtype)
-        return dx if len(dx) == len(dr) else dr, dr, dw, db.to(weight.dtype), None, None, None, None
+        return dx if len(dx) == len(dr) else dr, dr, dw, db, None, None, None, None
 
 
 def _forward_kernel(x, residual, weight, bias, seed, dropout, eps, y_dtype, store_z):

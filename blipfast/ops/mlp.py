@@ -9,6 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from .checks import check_dtype, check_same_device, check_same_dtype, check_shape
+from .column_sum import column_sum
+from .gelu_gradient import gelu_gradient
 from .launch import autocast_dtype, input_precision, tuned
 from .library import register
 
@@ -36,46 +38,55 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     else:
         check_same_dtype("mlp", **tensors)
 
-    if backends.choose("mlp", x) == "torch" or not x.numel():
-        return gelu_linear(F.linear(x, weight1, bias1), weight2, bias2)
+    backend = backends.choose("mlp", x) if x.numel() else "torch"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight1, bias1, weight2, bias2)):
+        rows = x.reshape(-1, x.shape[-1])
+        serve = backend, backends.choose("gelu_gradient", rows), backends.choose("column_sum", rows)
+        y = _Mlp.apply(rows.contiguous(), weight1, bias1, weight2, bias2, *serve)
+        return y.view(*x.shape[:-1], len(weight2))
+    if backend == "torch":
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    weights = (weight1.contiguous(), bias1.contiguous(), weight2.contiguous(), bias2)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *weights)):
-        y = _Mlp.apply(rows, *weights)
-    else:
-        y = F.linear(_linear_gelu(rows, *weights[:2], False)[0], *weights[2:])
-    return y.view(*x.shape[:-1], -1)
+    a, _ = _linear_gelu(rows, weight1.contiguous(), bias1.contiguous(), False)
+    return F.linear(a, weight2, bias2).view(*x.shape[:-1], len(weight2))
 
 
-def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """gelu(h) weight^T + bias, with the exact (erf) GELU, of which backward keeps h alone.
+class _Mlp(torch.autograd.Function):
+    """Backward has x and the hidden state before GELU; the state after it is made again.
 
-    h [..., F], weight [D, F], bias [D] -> [..., D]; one dtype, or under autocast its own, to which the weights are
-    cast. GELU is computed again in backward: a pass over h, for a quarter of what a feed-forward would keep. Served by
-    torch.
+    fused: "triton" if GELU is in the kernels of the products, else "torch"; the other two: who serves what is left.
     """
-    if not torch.is_grad_enabled():
-        return F.linear(F.gelu(h), weight, bias)
-    if dtype := autocast_dtype(h):
-        h, weight, bias = (t.to(dtype) for t in (h, weight, bias))
-    return _GeluLinear.apply(h, weight, bias)
 
-
-class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias):
-        ctx.save_for_backward(h, weight)
-        return F.linear(F.gelu(h), weight, bias)
+    def forward(ctx, x, weight1, bias1, weight2, bias2, fused, gradient, sums):
+        if fused == "triton":
+            a, h = _linear_gelu(x, weight1.contiguous(), bias1.contiguous(), True)
+        else:
+            h = F.linear(x, weight1, bias1)
+            a = F.gelu(h)
+        ctx.save_for_backward(x, weight1, weight2, h)
+        ctx.served = fused, gradient, sums
+        return F.linear(a, weight2, bias2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        h, weight = ctx.saved_tensors
+        x, weight1, weight2, h = ctx.saved_tensors
+        fused, gradient, sums = ctx.served
+        dy = dy.contiguous()
+        if fused == "triton":
+            dh, a, db1 = _linear_dgelu(dy, weight2.contiguous(), h)
+        else:
+            dh, a, db1 = gelu_gradient(dy @ weight2, h, gradient)
         needs = ctx.needs_input_grad
-        dh = torch.ops.aten.gelu_backward(dy @ weight, h) if needs[0] else None
-        rows = dy.reshape(-1, dy.shape[-1])
-        dweight = rows.t() @ F.gelu(h).reshape(-1, h.shape[-1]) if needs[1] else None
-        return dh, dweight, rows.sum(0) if needs[2] else None
+        return (
+            dh @ weight1 if needs[0] else None,
+            dh.T @ x if needs[1] else None,
+            db1.to(dy.dtype) if needs[2] else None,
+            dy.T @ a if needs[3] else None,
+            column_sum(dy, sums) if needs[4] else None,
+            *(None,) * 3,
+        )
 
 
 # --------------------------------------------------------------------------------------------------------- triton
@@ -120,28 +131,3 @@ def _backward_fake(dy, weight, h):
 _linear_dgelu = register(
     "linear_dgelu(Tensor dy, Tensor weight, Tensor h) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake
 )
-
-
-class _Mlp(torch.autograd.Function):
-    """Two products in each pass are ours, with GELU in them; the others are the BLAS library's."""
-
-    @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2):
-        a, h = _linear_gelu(x, weight1, bias1, True)
-        ctx.save_for_backward(x, weight1, weight2, h)
-        return F.linear(a, weight2, bias2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight1, weight2, h = ctx.saved_tensors
-        dy = dy.contiguous()
-        dh, a, db1 = _linear_dgelu(dy, weight2, h)
-        needs = ctx.needs_input_grad
-        return (
-            dh @ weight1 if needs[0] else None,
-            dh.T @ x if needs[1] else None,
-            db1.to(dy.dtype) if needs[2] else None,
-            dy.T @ a if needs[3] else None,
-            dy.sum(0) if needs[4] else None,
-        )
