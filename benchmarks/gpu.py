@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         warmers = run.start_warmers()
         tests = gpu_tests(folder / "tests.log", 0.4 * args.budget)
-        run.wait_for(warmers, start + 0.45 * args.budget)
+        run.wait_for(warmers, start + 0.25 * args.budget)
     print(tests, flush=True)
     rows, remarks = run.measure_all()
     remarks = [tests, *remarks, f"The whole run took {time.monotonic() - start:.0f} s."]
@@ -92,7 +92,7 @@ class Run:
     def start_warmers(self) -> list[Worker]:
         """Processes that compile what will be measured, which fills the caches on disk."""
         memory = torch.cuda.get_device_properties(0).total_memory
-        count = max(1, min(6, (os.cpu_count() or 2) // 2, int(memory / 20e9)))
+        count = max(1, min(10, (os.cpu_count() or 2) // 2, int(memory / 12e9)))
         with ThreadPoolExecutor(count) as pool:  # each takes seconds to import what it needs
             warmers = list(pool.map(lambda _: Worker(self.device), range(count)))
         for i, warmer in enumerate(warmers):

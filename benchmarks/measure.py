@@ -19,7 +19,7 @@ Functions = dict[str, Callable[[], object]]
 FLUSH = 256 * 2**20  # bytes written between two timings: more than any L2 cache holds
 CYCLES = 2e9  # of a GPU's clock in a second, or fewer
 PATIENCE = 45.0  # seconds for a contender's first call, which builds and compiles
-LONG = 10.0  # seconds for all rounds where one takes more than a second
+LONG = 25.0  # times as long may all rounds take where one takes more than a second
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def time_in_turn(
         rounds(functions, count)
         one = (time.perf_counter() - start) / count
         if one > 1:
-            return rounds(functions, max(3, min(10, int(LONG / one))))
+            return rounds(functions, max(3, min(10, int(LONG * seconds / one))))
     least = 5 if by_wall else 10
     return rounds(functions, round(min(200, max(least, len(functions) * seconds / one))))
 

@@ -43,12 +43,6 @@ Task = tuple[int, str, Config]  # place of the case, bucket, configuration
 GRIDS: dict[str, dict[str, Sequence[int]]] = {
     "adamw": {"chunk": (8192, 16384, 32768, 65536), "block": (1024, 2048, 4096), "num_warps": (4, 8)},
     "attention": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
-    "column_sum": {
-        "ROWS": (16, 32, 64),
-        "COLUMNS": (64, 128, 256),
-        "num_warps": (4, 8),
-        "per_processor": (4, 8),
-    },
     "contrastive": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
     "gelu_gradient": {
         "ROWS": (8, 16, 32),

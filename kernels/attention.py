@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
+from .launcher import launch
 from .table import lookup
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -265,7 +266,8 @@ def attention(
     lse = q.new_empty((segments.H, segments.queries), dtype=torch.float32)
     grid = segments.query_grid(config["BM"])
     if grid[0] * grid[1]:
-        _attention[grid](
+        launch(
+            _attention, grid,
             q, k, v, o, lse, *segments.offsets, seed, segments.count, segments.queries, segments.Nq, segments.Nk,
             *segments.strides, scale, *thresholds(dropout), first, causal, precision,
             segments.levels, segments.D, **config,

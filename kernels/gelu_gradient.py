@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .column_sum import add_shares, grid_of
+from .launcher import launch
+from .shares import add_shares
 from .table import lookup
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -49,9 +50,11 @@ def gelu_gradient(
     """dh, a, db. programs: how many fill the GPU. config: ROWS and COLUMNS of a tile, num_warps."""
     T, F = h.shape
     dh, a, db = torch.empty_like(h), torch.empty_like(h), h.new_empty(F)
-    grid = grid_of(T, F, programs, config)
+    columns = triton.cdiv(F, config["COLUMNS"])
+    grid = columns, max(1, min(triton.cdiv(T, config["ROWS"]), programs // columns))
     parts = torch.empty(1, grid[1], F, dtype=torch.float32, device=h.device)
-    _gelu_gradient[grid](
+    launch(
+        _gelu_gradient, grid,
         da, h, dh, a, parts, T, F,
         ROWS=config["ROWS"], COLUMNS=config["COLUMNS"], num_warps=config["num_warps"],
     )  # fmt: skip

@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .column_sum import add_shares
+from .launcher import launch
+from .shares import add_shares
 from .table import lookup
 
 MAX_D = 4096
@@ -136,7 +137,8 @@ def forward(
     rstd = torch.empty_like(mean)
     if T:
         rows, block, warps = _tile(config, D)
-        _forward[(triton.cdiv(T, rows),)](
+        launch(
+            _forward, (triton.cdiv(T, rows),),
             x, residual, weight, bias, y, z, mean, rstd, seed,
             T, D, eps, *_chance(dropout),
             STORE_Z=store_z, ROWS=rows, BLOCK_D=block, num_warps=warps,
@@ -171,7 +173,8 @@ def backward(
     rows, block, warps = _tile(config, D)
     programs = min(triton.cdiv(T, rows), programs)
     shares = z.new_empty((2, programs, D), dtype=torch.float32)
-    _backward[(programs,)](
+    launch(
+        _backward, (programs,),
         dy, dz, z, mean, rstd, weight, dr, dx if own_dx else None, shares, seed,
         T, D, *_chance(dropout),
         ROWS=rows, BLOCK_D=block, num_warps=warps,

@@ -26,6 +26,7 @@ def lookup(op: str, arch: int, *buckets: str) -> MappingProxyType[str, Any]:
     return _entry(op, arch, *buckets)[0]
 
 
+@functools.cache
 def wins(op: str, arch: int, bucket: str = "default") -> bool:
     """Whether the kernel is to be used by default there; False where it has no table or the GPU is older than sm_80."""
     if arch < 80 or not (FOLDER / f"{op}.json").exists():
@@ -50,3 +51,4 @@ def _entry(op: str, arch: int, *buckets: str) -> tuple[MappingProxyType[str, Any
 def clear() -> None:
     """Read the files again (for the tuner)."""
     _entry.cache_clear()
+    wins.cache_clear()

@@ -51,7 +51,9 @@ CASES = {
 def gradients(model, step, image, backend: str, bf16: bool) -> torch.Tensor:
     """The loss and all gradients as one vector."""
     torch.manual_seed(7)
-    with backends.use(backend), torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
+    # in fp32 the contrastive kernels, which multiply as TF32 does, serve only if asked for
+    served = backends.use(backend) if bf16 else backends.use(backend, contrastive="torch")
+    with served, torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
         loss = step(model, image)
     loss.backward()
     found = [loss.detach().float().reshape(1)]
@@ -69,10 +71,7 @@ def compare(name: str, device: str, kernels: str) -> None:
     found = []
     for backend, bf16 in (("torch", False), ("torch", True), (kernels, True), (kernels, False)):
         model.load_state_dict(state)
-        # in fp32 the contrastive kernels, which multiply as TF32 does, serve only if asked for
-        exact = {} if bf16 else {"contrastive": "torch"}
-        with backends.use(**exact):
-            found.append(gradients(model, step, image, backend, bf16))
+        found.append(gradients(model, step, image, backend, bf16))
     truth, plain, ours, ours_fp32 = found
     assert (ours - truth).norm() <= 2 * (plain - truth).norm()
     assert (ours_fp32 - truth).norm() <= 1e-4 * truth.norm()

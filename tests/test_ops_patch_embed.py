@@ -67,7 +67,8 @@ def test_half_precision_is_as_exact_as_the_convolution_in_half(backend, poison_e
 
 def test_the_gradient_is_summed_over_shares_of_the_patches(backend, poison_empty):
     tensors = inputs(40, 1, 16, 16, 2, 16)  # 2,560 patches: enough for several programs a tile
-    assert worst(run(patch_embed, tensors), run(convolution, in_fp64(tensors))) < 2e-6
+    # fp32 sums of so many err by up to 2.3e-6 where a processor's BLAS adds them one by one
+    assert worst(run(patch_embed, tensors), run(convolution, in_fp64(tensors))) < 4e-6
 
 
 def test_uint8_pixels_give_what_normalised_ones_give(backend, poison_empty):

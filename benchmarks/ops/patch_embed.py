@@ -16,7 +16,7 @@ from blipfast.ops.patch_embed import fold_normalisation, patch_embed, patch_embe
 ON_GPU = [
     (75, 224, 768, 0),
     (256, 224, 768, 0),
-    (64, 384, 768, 0),
+    (64, 384, 768, 1),
     (32, 480, 768, 1),
     (64, 384, 1024, 1),
     (1, 384, 768, 2),

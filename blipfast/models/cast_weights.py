@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,7 @@ def cast_weights(*modules: nn.Module) -> Iterator[None]:
     held = [
         (layer, name, weight)
         for module in modules
-        for layer in module.modules()
-        if type(layer) is nn.Linear
+        for layer in _linears(module)
         for name, weight in layer._parameters.items()
         if weight is not None and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
     ]
@@ -42,6 +42,18 @@ def cast_weights(*modules: nn.Module) -> Iterator[None]:
     finally:
         for layer, name, weight in held:
             layer._parameters[name] = weight
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    """Those that it had when it was first asked for; one that came later is cast by autocast."""
+    if type(module) is nn.Linear:
+        return [module]
+    if module not in _known:
+        _known[module] = [layer for layer in module.modules() if type(layer) is nn.Linear]
+    return _known[module]
+
+
+_known: WeakKeyDictionary[nn.Module, list[nn.Linear]] = WeakKeyDictionary()
 
 
 class _Cast(torch.autograd.Function):

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import Layout, attention, attention_varlen
-from blipfast.ops.linear import linear
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 
 from .cast_weights import cast_weights
@@ -76,7 +76,7 @@ def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[KeyVa
 def as_one(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
     """The outputs of linear layers side by side, by one matrix product."""
     weight, bias = (torch.cat([getattr(layer, kind) for layer in layers]) for kind in ("weight", "bias"))
-    return linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class KeysWhenRead(Sequence):

@@ -17,19 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention, attention_qkv
 from blipfast.ops.layer_norm import add_layer_norm
-from blipfast.ops.linear import linear
 from blipfast.ops.mlp import mlp
 from blipfast.ops.patch_embed import patch_embed
 
 from .attention import KeepsAttention
 from .cast_weights import cast_weights
-
-
-def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), of many rows. A layer that was replaced (int8) or has hooks (ZeRO-3) is called as it is."""
-    if type(layer) is not nn.Linear or layer._forward_pre_hooks or layer._forward_hooks:
-        return layer(x)
-    return linear(x, layer.weight, layer.bias)
 
 
 class Mlp(nn.Module):
@@ -78,7 +70,7 @@ class Attention(KeepsAttention):
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         B, N, D = x.shape
-        qkv = project(self.qkv, x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         if register_hook:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
@@ -86,7 +78,7 @@ class Attention(KeepsAttention):
             out = (self.attn_drop(weights) @ v).transpose(1, 2)
         else:
             out = attention_qkv(qkv, self.attn_drop.p if self.training else 0.0, self.scale)
-        return self.proj_drop(project(self.proj, out.reshape(B, N, D)))
+        return self.proj_drop(self.proj(out.reshape(B, N, D)))
 
 
 class DropPath(nn.Module):

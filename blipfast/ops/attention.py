@@ -23,21 +23,23 @@ __all__ = ["Layout", "attention", "attention_qkv", "attention_varlen"]
 
 OP = "attention"
 HEAD_SIZES = (32, 64, 128)  # that the kernels have
+FEW = 20  # queries a segment, up to which tiles of few rows serve: a text over itself, beams over an image
 _INTERPRETED = {"BM": 16, "BN": 32, "num_warps": 4, "num_stages": 1}  # small, and both kinds of key tile
 _PYTORCH = {"torch": by.usual, "sdpa": by.sdpa}
 _DENSE = {"flash_attn": by.flash_attn_dense, "xformers": by.xformers_dense}
 _PACKED = {"flash_attn": by.flash_attn_packed, "xformers": by.xformers_packed}
 
-# by head size and dimensions of the query, 4 for dense and 3 for packed
 _wins = {
-    (d, ndim): backends.triton_serves(OP, backends.HALVES, f"forward D={d} {kind}")
+    (d, kind): backends.triton_serves(OP, backends.HALVES, f"forward D={d} {kind}")
     for d in HEAD_SIZES
-    for ndim, kind in ((4, "dense"), (3, "shared"))
+    for kind in ("dense", "shared", "few")
 }
 
 
 def _triton(q: Tensor) -> bool:
-    return (q.shape[-1], q.ndim) in _wins and _wins[q.shape[-1], q.ndim](q)
+    """q is packed, [T, H, d], or dense, [B, N, H, d]."""
+    kind = "shared" if q.ndim == 3 else "dense" if q.shape[1] > FEW else "few"
+    return (q.shape[-1], kind) in _wins and _wins[q.shape[-1], kind](q)
 
 
 def _only_if_asked(q: Tensor) -> bool:
@@ -259,7 +261,7 @@ def _tiles(kernel: str, q: Tensor, segments, dropout: float):
     count = max(segments.count, 1)
     if q.dtype == torch.float32:
         kind = "fp32"
-    elif segments.queries > 20 * count:
+    elif segments.queries > FEW * count:
         kind = "shared dropout" if dropout else "dense" if q.ndim == 4 else "shared"
     else:  # a text over itself; a text, or beams, over an image that hardly anybody else reads
         kind = "text" if segments.keys <= 48 * count else "few"

@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from .. import backends
 from .checks import check_dtype, check_same_device, check_same_dtype, check_shape
-from .column_sum import column_sum
 from .gelu_gradient import gelu_gradient
 from .launch import autocast_dtype, input_precision, tuned
 from .library import register
@@ -41,8 +40,8 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     backend = backends.choose("mlp", x) if x.numel() else "torch"
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight1, bias1, weight2, bias2)):
         rows = x.reshape(-1, x.shape[-1])
-        serve = backend, backends.choose("gelu_gradient", rows), backends.choose("column_sum", rows)
-        y = _Mlp.apply(rows.contiguous(), weight1, bias1, weight2, bias2, *serve)
+        gradient = backends.choose("gelu_gradient", rows)
+        y = _Mlp.apply(rows.contiguous(), weight1, bias1, weight2, bias2, backend, gradient)
         return y.view(*x.shape[:-1], len(weight2))
     if backend == "torch":
         return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
@@ -54,25 +53,25 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 class _Mlp(torch.autograd.Function):
     """Backward has x and the hidden state before GELU; the state after it is made again.
 
-    fused: "triton" if GELU is in the kernels of the products, else "torch"; the other two: who serves what is left.
+    fused: "triton" if GELU is in the kernels of the products, else "torch". gradient: who serves GELU's backward then.
     """
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, fused, gradient, sums):
+    def forward(ctx, x, weight1, bias1, weight2, bias2, fused, gradient):
         if fused == "triton":
             a, h = _linear_gelu(x, weight1.contiguous(), bias1.contiguous(), True)
         else:
             h = F.linear(x, weight1, bias1)
             a = F.gelu(h)
         ctx.save_for_backward(x, weight1, weight2, h)
-        ctx.served = fused, gradient, sums
+        ctx.served = fused, gradient
         return F.linear(a, weight2, bias2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight1, weight2, h = ctx.saved_tensors
-        fused, gradient, sums = ctx.served
+        fused, gradient = ctx.served
         dy = dy.contiguous()
         if fused == "triton":
             dh, a, db1 = _linear_dgelu(dy, weight2.contiguous(), h)
@@ -84,8 +83,9 @@ class _Mlp(torch.autograd.Function):
             dh.T @ x if needs[1] else None,
             db1.to(dy.dtype) if needs[2] else None,
             dy.T @ a if needs[3] else None,
-            column_sum(dy, sums) if needs[4] else None,
-            *(None,) * 3,
+            dy.sum(0) if needs[4] else None,
+            None,
+            None,
         )
 
 
