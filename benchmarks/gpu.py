@@ -7,8 +7,8 @@ Needs this repository, torch, Triton, numpy, transformers and matplotlib; pytest
 flash-attn, xformers, apex and DeepSpeed where they are installed. In turn: the GPU tests (meanwhile other processes
 compile what will be measured), the ceilings (a large product, a large copy), then the cases of benchmarks/models and
 benchmarks/ops, those with a target first, until they or the time are used up. Writes results.csv as it goes, then
-results.md, plots and tests.log to benchmarks/results/<gpu name>/. A case that fails is reported and does not stop the
-others. Exits 1 if a test failed, or if one of our own paths gave no figure though there was time.
+results.md, plots and tests.log to benchmarks/results/<gpu name>/<commit>/. A case that fails is reported and does not
+stop the others. Exits 1 if a test failed, or if one of our own paths gave no figure though there was time.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from benchmarks import report  # noqa: E402
-from benchmarks.measure import Ceiling, Row  # noqa: E402
+from benchmarks.measure import OUT_OF_TIME, Ceiling, Row  # noqa: E402
 from benchmarks.worker import Lost, Title, Worker  # noqa: E402
-
-OUT_OF_TIME = "not run: out of time"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("No CUDA GPU is visible to PyTorch. Without one: --dry-run --output FOLDER", file=sys.stderr)
         return 2
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    folder = args.output or ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+    place = Path(re.sub(r"[^A-Za-z0-9._-]+", "_", name), report.commit())
+    folder = args.output or ROOT / "benchmarks" / "results" / place
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")  # in each of several processes
@@ -179,7 +178,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help="folder; benchmarks/results/<gpu name> by default")
+    parser.add_argument(
+        "--output", type=Path, help="folder; benchmarks/results/<gpu name>/<commit> by default"
+    )
     parser.add_argument("--budget", type=float, default=460, help="seconds in all, 460 by default")
     parser.add_argument("--seconds", type=float, default=0.4, help="of measuring a contender, 0.4 by default")
     parser.add_argument("--ops", nargs="+", help="only these operations")

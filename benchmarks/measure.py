@@ -17,6 +17,7 @@ from benchmarks.cases import Case
 
 Functions = dict[str, Callable[[], object]]
 FLUSH = 256 * 2**20  # bytes written between two timings: more than any L2 cache holds
+OUT_OF_TIME = "not run: out of time"  # a row's note
 CYCLES = 2e9  # of a GPU's clock in a second, or fewer
 PATIENCE = 45.0  # seconds for a contender's first call, which builds and compiles
 LONG = 25.0  # times as long may all rounds take where one takes more than a second

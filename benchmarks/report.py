@@ -20,7 +20,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.measure import Ceiling, Row
+from benchmarks.measure import OUT_OF_TIME, Ceiling, Row
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "flash-attn", "xformers", "apex", "deepspeed")
 
@@ -34,15 +34,20 @@ def environment(device: str, ceiling: Ceiling | None = None) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "none"
     found["cuda"] = torch.version.cuda or "none"
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
-    found["commit"] = commit or os.environ.get("BLIPFAST_COMMIT", "unknown")  # of a copy without its history
+    found["commit"] = commit()
     if ceiling:
         found |= {"ceiling_tflops": f"{ceiling.tflops:.4g}", "ceiling_gbps": f"{ceiling.gbps:.4g}"}
     return found
+
+
+def commit() -> str:
+    """Of this checkout; of a copy without its history, what BLIPFAST_COMMIT says."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or os.environ.get("BLIPFAST_COMMIT", "unknown")
 
 
 def write_csv(folder: Path, rows: Iterable[Row], about: dict[str, str]) -> None:
@@ -83,11 +88,11 @@ def write_markdown(folder: Path, rows: list[Row], about: dict[str, str], remarks
     lines.append(
         "ours (above 1 ours is faster) and its peak memory over ours; last, what we want of ours, and the verdict."
     )
-    for op in dict.fromkeys(row.op for row in rows):
+    for op in dict.fromkeys(row.op for row in rows if row.ms_p50):
         own = [row for row in rows if row.op == op]
         lines += ["", f"## {op}", "", *_table(own)]
         lines += [f"\n{remark}" for remark in dict.fromkeys(row.remark for row in own) if remark]
-    if silent := [row for row in rows if row.note]:
+    if silent := [row for row in rows if row.note and row.note != OUT_OF_TIME]:
         lines += ["", "## Without a figure", ""]
         lines += [f"- {row.op} {row.shape} {row.mode}, {row.contender}: {row.note}" for row in silent]
     lines += ["", "## Environment", "", "```json", json.dumps(about, indent=1), "```", ""]
@@ -107,21 +112,28 @@ def plot(folder: Path, rows: list[Row]) -> None:
     peers = sorted({label for case in cases.values() for label in case if label != _ours(case).contender})
     height = 1.5 + 0.28 * len(cases)
     figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
+    colours = plt.get_cmap("tab20").colors
     for i, peer in enumerate(peers):
-        points = [(case[peer], y) for y, case in enumerate(cases.values()) if peer in case]
+        points = [
+            (case[peer], y)
+            for y, case in enumerate(cases.values())
+            if case.get(peer) not in (None, _ours(case))
+        ]
         x = [row.ratio_p50 for row, _ in points]
         spans = [
             [r.ratio_p50 - r.ratio_p20 for r, _ in points],
             [r.ratio_p80 - r.ratio_p50 for r, _ in points],
         ]
-        offset = 0.6 * ((i + 0.5) / len(peers) - 0.5)
-        axes.errorbar(x, [y + offset for _, y in points], xerr=spans, fmt="o", markersize=4, label=peer)
+        places = [y + 0.6 * ((i + 0.5) / len(peers) - 0.5) for _, y in points]
+        look = {"fmt": "o^s"[i % 3], "markersize": 4, "color": colours[i % 20], "label": peer}
+        axes.errorbar(x, places, xerr=spans, **look)
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.grid(axis="x", alpha=0.3)
     axes.set(xscale="log", xlabel="its time over ours: right of 1, ours is faster", yticks=range(len(cases)))
     axes.set_yticklabels([" ".join(key) for key in cases], fontsize=7)
     axes.invert_yaxis()
     if peers:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(folder / "speed.png", dpi=130)
     plt.close(figure)
 

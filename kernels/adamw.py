@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .launcher import launch
 from .table import lookup
 
 COLUMNS = 9
@@ -136,8 +135,7 @@ def step(
         raise ValueError(f"adamw: block must divide chunk, got {dict(config)}; correct tables/adamw.json")
     if not len(chunks):
         return
-    launch(
-        _step, (len(chunks),),
+    _step[(len(chunks),)](
         table, decay, chunks, grad_scale, lr, 1 - betas[0], 1 - betas[1],
         *(math.log2(beta) if beta > 0 else -math.inf for beta in betas),
         eps, 0.0 if momentum is None else 1 - momentum,

@@ -117,7 +117,7 @@ def problems(case: AotCase, arch: int, resources: Resources) -> list[str]:
 
 def operations() -> list[str]:
     """The kernel files, by name."""
-    own = {"aot", "launcher", "table"}
+    own = {"aot", "table"}
     return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name not in own)
 
 

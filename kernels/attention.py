@@ -26,7 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .launcher import launch
 from .table import lookup
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -266,8 +265,7 @@ def attention(
     lse = q.new_empty((segments.H, segments.queries), dtype=torch.float32)
     grid = segments.query_grid(config["BM"])
     if grid[0] * grid[1]:
-        launch(
-            _attention, grid,
+        _attention[grid](
             q, k, v, o, lse, *segments.offsets, seed, segments.count, segments.queries, segments.Nq, segments.Nk,
             *segments.strides, scale, *thresholds(dropout), first, causal, precision,
             segments.levels, segments.D, **config,

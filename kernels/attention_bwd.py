@@ -33,7 +33,6 @@ from .attention import (
     span,
     thresholds,
 )
-from .launcher import launch
 
 
 @triton.jit
@@ -251,12 +250,10 @@ def attention_backward(
     )
     grid = segments.query_grid(dq_config["BM"])
     if grid[0] * grid[1]:
-        launch(_attention_dq, grid, q, k, v, o, do, lse, delta, dq, *shape, dq.stride(-3), *tail, **dq_config)
+        _attention_dq[grid](q, k, v, o, do, lse, delta, dq, *shape, dq.stride(-3), *tail, **dq_config)
     grid = segments.key_grid(dkv_config["BN"])
     if grid[0] * grid[1]:
-        launch(
-            _attention_dkv, grid, q, k, v, do, lse, delta, dk, dv, *shape, dk.stride(-3), *tail, **dkv_config
-        )
+        _attention_dkv[grid](q, k, v, do, lse, delta, dk, dv, *shape, dk.stride(-3), *tail, **dkv_config)
 
 
 def aot_cases(arch: int) -> list[AotCase]:

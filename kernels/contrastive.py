@@ -28,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .launcher import launch
 from .table import lookup
 from .tiles import aot_case
 
@@ -260,19 +259,13 @@ def contrastive(
     shares = first + rest
     sums = torch.empty(SUMS, shares, B, device=device)
     stride = columns.shape[1]
-    launch(_statistics, grid, q, p, *batch, sums, sim, B, N, stride, 0, shares, tiles, **shared, **small)
-    launch(
-        _statistics, queue_grid,
-        q, p, *past, sums, None, B, Q, Q, first, shares, queue_tiles, **shared, **large,
-    )  # fmt: skip
+    _statistics[grid](q, p, *batch, sums, sim, B, N, stride, 0, shares, tiles, **shared, **small)
+    _statistics[queue_grid](q, p, *past, sums, None, B, Q, Q, first, shares, queue_tiles, **shared, **large)
 
     rows = torch.empty(MERGED, B, device=device)
     BS = triton.next_power_of_2(shares)
     BM = max(1, 2048 // BS)
-    launch(
-        _merge, (triton.cdiv(B, BM),),
-        sums, temp, rows, B, shares, alpha, TEACHER=shared["TEACHER"], BS=BS, BM=BM,
-    )  # fmt: skip
+    _merge[(triton.cdiv(B, BM),)](sums, temp, rows, B, shares, alpha, TEACHER=shared["TEACHER"], BS=BS, BM=BM)
 
     dquery = torch.empty(B if gradient else 0, E, device=device)
     if gradient:
@@ -280,15 +273,10 @@ def contrastive(
         grid, tiles, first = _plan(B, N, configs["gradient"], programs)
         queue_grid, queue_tiles, rest = _plan(B, Q, configs["gradient"], programs)
         parts = torch.empty(first + rest, B, E, device=device)
-        launch(_gradient, grid, q, p, *batch, rows, parts, B, N, stride, 0, tiles, DS_SCALE, **shared)
-        launch(
-            _gradient, queue_grid, q, p, *past, rows, parts, B, Q, Q, first, queue_tiles, DS_SCALE, **shared
-        )
+        _gradient[grid](q, p, *batch, rows, parts, B, N, stride, 0, tiles, DS_SCALE, **shared)
+        _gradient[queue_grid](q, p, *past, rows, parts, B, Q, Q, first, queue_tiles, DS_SCALE, **shared)
         factor = 1.0 / (DS_SCALE * B)
-        launch(
-            _add_shares, (triton.cdiv(B * E, 1024),),
-            parts, temp, dquery, B * E, first + rest, factor, BLOCK=1024,
-        )  # fmt: skip
+        _add_shares[(triton.cdiv(B * E, 1024),)](parts, temp, dquery, B * E, first + rest, factor, BLOCK=1024)
     return rows[0].mean(), sim, dquery, rows[1].mean()
 
 

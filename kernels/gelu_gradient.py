@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .launcher import launch
 from .shares import add_shares
 from .table import lookup
 
@@ -53,8 +52,7 @@ def gelu_gradient(
     columns = triton.cdiv(F, config["COLUMNS"])
     grid = columns, max(1, min(triton.cdiv(T, config["ROWS"]), programs // columns))
     parts = torch.empty(1, grid[1], F, dtype=torch.float32, device=h.device)
-    launch(
-        _gelu_gradient, grid,
+    _gelu_gradient[grid](
         da, h, dh, a, parts, T, F,
         ROWS=config["ROWS"], COLUMNS=config["COLUMNS"], num_warps=config["num_warps"],
     )  # fmt: skip

@@ -27,7 +27,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .launcher import launch
 from .shares import add_shares
 from .table import lookup
 
@@ -137,8 +136,7 @@ def forward(
     rstd = torch.empty_like(mean)
     if T:
         rows, block, warps = _tile(config, D)
-        launch(
-            _forward, (triton.cdiv(T, rows),),
+        _forward[(triton.cdiv(T, rows),)](
             x, residual, weight, bias, y, z, mean, rstd, seed,
             T, D, eps, *_chance(dropout),
             STORE_Z=store_z, ROWS=rows, BLOCK_D=block, num_warps=warps,
@@ -173,8 +171,7 @@ def backward(
     rows, block, warps = _tile(config, D)
     programs = min(triton.cdiv(T, rows), programs)
     shares = z.new_empty((2, programs, D), dtype=torch.float32)
-    launch(
-        _backward, (programs,),
+    _backward[(programs,)](
         dy, dz, z, mean, rstd, weight, dr, dx if own_dx else None, shares, seed,
         T, D, *_chance(dropout),
         ROWS=rows, BLOCK_D=block, num_warps=warps,

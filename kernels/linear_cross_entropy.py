@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .launcher import launch
 from .table import lookup
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -92,8 +91,7 @@ def cross_entropy_(
     config: Mapping[str, Any],
 ) -> None:
     """Fill losses [T]; with `gradient` overwrite the logits by theirs. Only logits may be strided."""
-    launch(
-        _cross_entropy, (len(logits),),
+    _cross_entropy[(len(logits),)](
         logits, bias, labels, coefficients, losses, logits.shape[1], logits.stride(0), ignore_index, smoothing,
         GRADIENT=gradient, **config,
     )  # fmt: skip

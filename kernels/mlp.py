@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .launcher import launch
 from .table import lookup
 from .tiles import aot_case, halves
 
@@ -137,8 +136,7 @@ def linear_gelu(
     a = x.new_empty(M, N)
     h = x.new_empty(M if keep else 0, N)
     if M:
-        launch(
-            _linear_gelu, _grid(M, N, config),
+        _linear_gelu[_grid(M, N, config)](
             x, weight, bias, a, h, M, N, K, keep, K % config["BK"] == 0, precision, **config,
         )  # fmt: skip
     return a, h
@@ -151,8 +149,7 @@ def linear_dgelu(
     (M, K), N = dy.shape, weight.shape[1]
     dh, a = torch.empty_like(h), torch.empty_like(h)
     db = torch.empty(triton.cdiv(M, config["BM"]), N, dtype=torch.float32, device=h.device)
-    launch(
-        _linear_dgelu, _grid(M, N, config),
+    _linear_dgelu[_grid(M, N, config)](
         dy, weight, h, dh, a, db, M, N, K, K % config["BK"] == 0, precision, **config,
     )  # fmt: skip
     return dh, a, db.sum(0)

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .launcher import launch
 from .table import lookup
 from .tiles import aot_case, halves
 
@@ -150,8 +149,7 @@ def patch_embed_fwd(
     if y.numel():
         rows = B * pos.shape[0]
         grid = (triton.cdiv(rows, config["BM"]) * triton.cdiv(D, config["BN"]),)
-        launch(
-            _patch_embed_fwd, grid,
+        _patch_embed_fwd[grid](
             image, weight, bias, cls, pos, y, rows, height, width, D, C, P, precision, **config,
         )  # fmt: skip
     return y
@@ -174,8 +172,7 @@ def patch_embed_dw(
     shares = max(1, min(programs // tiles, patches // (8 * config["BK"])))
     share = triton.cdiv(triton.cdiv(patches, shares), config["BK"]) * config["BK"]
     dw = torch.empty(shares, D, C, patch_size, patch_size, dtype=torch.float32, device=dy.device)
-    launch(
-        _patch_embed_dw, (tiles, shares),
+    _patch_embed_dw[(tiles, shares)](
         dy, image, dw, patches, share, height, width, D, C, patch_size, precision, **config,
     )  # fmt: skip
     return dw.sum(0) if shares > 1 else dw[0]
