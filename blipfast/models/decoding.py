@@ -9,11 +9,15 @@ Shapes: n images, k beams, P prompt tokens, S slots, V vocabulary.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blipfast.ops.launch import autocast_dtype
 
 from .few_rows import linear
 from .image_memory import ImageMemory, attend
-from .med import BertLMHeadModel, BertOutput, BertSelfOutput, residual_norm
+from .med import BertLMHeadModel, BertOutput, BertSelfAttention, BertSelfOutput, residual_norm
+from .packing import better_stacked
 
 
 class Decoding:
@@ -26,10 +30,11 @@ class Decoding:
         self.decoder, self.images, self.beams, self.prompt = decoder, images, beams, prompt
         heads, like = decoder.config.num_attention_heads, images.tensors[0]
         slots = text_rows(beams, prompt, max_length)
-        shape = (len(images), slots, heads, decoder.config.hidden_size // heads)
-        self.cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in decoder.bert.encoder.layer]
+        shape = (len(images), slots, 2, heads, decoder.config.hidden_size // heads)
+        self.cache = [like.new_zeros(shape) for _ in decoder.bert.encoder.layer]  # keys and values
         self.past = torch.zeros(len(images), beams, slots, dtype=torch.bool, device=like.device)
         self.past[..., :prompt] = True
+        self.weights = self.stacked()
 
     def put(self, first: int, images: ImageMemory) -> None:
         """Let images take the places from `first` on; their past is that of the prompt."""
@@ -40,7 +45,7 @@ class Decoding:
 
     def move(self, places: Tensor, to: Tensor) -> None:
         """Let images take the places of others, which have ended."""
-        for state in [*self.images.tensors, self.past, *(x for cache in self.cache for x in cache)]:
+        for state in [*self.images.tensors, self.past, *self.cache]:
             state[to] = state[places]
 
     def reorder(self, here: slice, parents: Tensor) -> None:
@@ -84,15 +89,14 @@ class Decoding:
         rows = torch.arange(here.start, here.stop, device=tokens.device)[:, None]
         used = mask.shape[-1]
         x = bert.embeddings(tokens, positions)
-        for i, layer in enumerate(bert.encoder.layer):
+        mask = x.new_zeros(mask.shape, dtype=autocast_dtype(x)).masked_fill_(~mask, -torch.inf)[:, None]
+        for i, (layer, cache) in enumerate(zip(bert.encoder.layer, self.cache)):
             block = layer.attention
-            heads = self.cache[i][0].shape[2]
-            for cache, made_by in zip(self.cache[i], (block.self.key, block.self.value)):
-                cache[rows, slots] = linear(made_by, x).unflatten(-1, (heads, -1)).to(cache.dtype)
+            query, key_value = self.project(i, block.self, x)
+            cache[rows, slots] = key_value.unflatten(-1, cache.shape[-2:]).to(cache.dtype)
             if last_only and i == len(self.cache) - 1:
-                x, mask = x[:, -1:], mask[:, -1:]
-            own = (cache[here, :used].transpose(1, 2) for cache in self.cache[i])
-            context = attend(linear(block.self.query, x), *own, mask[:, None])
+                x, query, mask = x[:, -1:], query[:, -1:], mask[:, :, -1:]
+            context = attend(query, *cache[here, :used].permute(2, 0, 3, 1, 4), mask)
             x = close(block.output, context, x)
             block = layer.crossattention
             context = self.images.context(i, block.self, x, here)
@@ -102,6 +106,33 @@ class Decoding:
         head = self.decoder.cls.predictions
         x = head.transform.LayerNorm(linear(head.transform.dense, x, gelu=True))
         return linear(head.decoder, x)
+
+    def project(self, i: int, block: BertSelfAttention, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer i's queries [n, q, D], and keys and values [n, q, 2, D], of x [n, q, D]."""
+        if self.weights is None:
+            return linear(block.query, x), torch.stack((linear(block.key, x), linear(block.value, x)), -2)
+        made = F.linear(x, *self.weights[i]).unflatten(-1, (3, -1))
+        return made[:, :, 0], made[:, :, 1:]
+
+    def stacked(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Each layer's weights of queries, keys and values as one matrix, and their biases: copies. None if no use."""
+        device = self.past.device
+        if not better_stacked(device) or torch.is_autocast_enabled(device.type):
+            return None
+        blocks = [layer.attention.self for layer in self.decoder.bert.encoder.layer]
+        layers = [(block.query, block.key, block.value) for block in blocks]
+        if any(type(layer) is not nn.Linear for three in layers for layer in three):
+            return None
+        return [
+            tuple(torch.cat([getattr(x, kind) for x in three]) for kind in ("weight", "bias"))
+            for three in layers
+        ]
+
+    def renew(self) -> None:
+        """Copy the weights again, in place: they may have been trained since."""
+        for old, new in zip(self.weights or (), self.stacked() or ()):
+            for mine, theirs in zip(old, new):
+                mine.copy_(theirs)
 
 
 def close(output: BertSelfOutput | BertOutput, branch: Tensor, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 
 from .cast_weights import cast_weights
 from .med import BertEncoder, BertLMHeadModel, BertModel, BertSelfAttention, KeyValue
-from .packing import Ragged, Rows, cross_attention, in_blocks, reads
+from .packing import Ragged, Rows, better_stacked, cross_attention, in_blocks, reads
 
 
 @dataclass
@@ -59,13 +59,10 @@ def image_states(
 
 
 def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[KeyValue]:
-    """Keys and values for each of the cross-attentions `blocks`; on a GPU by one matrix product.
-
-    On a CPU products of this size lose nothing by being many, and stacking the weights would take as long as a layer.
-    """
+    """Keys and values for each of the cross-attentions `blocks`; on a GPU by one matrix product."""
     layers = [layer for block in blocks for layer in (block.key, block.value)]
     heads = blocks[0].num_attention_heads
-    if image_embeds.device.type == "cpu":
+    if not better_stacked(image_embeds.device):
         every = [layer(image_embeds).unflatten(-1, (heads, -1)) for layer in layers]
     else:
         with cast_weights(*layers):
@@ -136,11 +133,12 @@ class Part:
         kept = states[self.rows] if partial else states
         inner = block.self
         layers, heads = (inner.query, inner.key, inner.value), inner.num_attention_heads
-        if partial or states.device.type == "cpu" or any(type(layer) is not nn.Linear for layer in layers):
+        plain = all(type(layer) is nn.Linear for layer in layers)
+        if plain and not partial and better_stacked(states.device):
+            query, key, value = as_one(layers, states).unflatten(-1, (3, heads, -1)).unbind(1)
+        else:
             made = (in_blocks(layer, x) for layer, x in zip(layers, (kept, states, states)))
             query, key, value = (x.unflatten(-1, (heads, -1)) for x in made)
-        else:  # many small products take a GPU longer than one, and stacking the weights takes it no time
-            query, key, value = as_one(layers, states).unflatten(-1, (3, heads, -1)).unbind(1)
         dropout = inner.dropout.p if inner.training else 0.0
         if self.sees is None:
             layout = self.last_layout if final else self.layout

@@ -97,6 +97,12 @@ class Ragged:
         return Ragged(self.ids[taken], rows, None if self.begun is None else self.begun[taken])
 
 
+def better_stacked(device: torch.device) -> bool:
+    """Whether several matrices are stacked to multiply a tensor once: many small products take a GPU longer than one,
+    while on a CPU stacking takes as long as a product."""
+    return device.type != "cpu"
+
+
 def in_blocks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """`function` of tensors [T, D] whose rows do not meet in it.
 

@@ -43,6 +43,7 @@ def take(decoder: nn.Module, like: dict[str, Any], prompt: Tensor) -> Search | N
     if search is None or left != like:
         return None
     search.decoding.decoder = decoder
+    search.decoding.renew()
     search.prompt.copy_(prompt)
     return search
 
