@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
+from .tiles import cdiv
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -235,12 +236,12 @@ class Segments:
 
     def query_grid(self, BM: int) -> tuple[int, int]:
         if self.Nq or self.offsets[0] is None:
-            return self.count * triton.cdiv(self.Nq, BM), self.H
+            return self.count * cdiv(self.Nq, BM), self.H
         return self.queries // BM + self.count, self.H
 
     def key_grid(self, BN: int) -> tuple[int, int]:
         if self.Nk or self.offsets[1] is None:
-            return self.count * triton.cdiv(self.Nk, BN), self.H
+            return self.count * cdiv(self.Nk, BN), self.H
         return self.keys // BN + self.count, self.H
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import aot_case
+from .tiles import aot_case, cdiv, next_power_of_2
 
 MAX_E = 256
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -243,11 +243,11 @@ def contrastive(
     """
     (B, E), N, Q, device = query.shape, len(keys), queue.shape[1], query.device
     # The batch's keys, few, are laid out as the queue's; rows of a multiple of 16 keep loads vectors.
-    columns = keys.new_zeros(E, triton.cdiv(N, 16) * 16)
+    columns = keys.new_zeros(E, cdiv(N, 16) * 16)
     columns[:, :N] = keys.t()
     q = query.to(torch.float16).contiguous()
     p = teacher.to(torch.float16).contiguous() if teacher is not None else q
-    shared = {"TEACHER": teacher is not None, "E": E, "BE": max(16, triton.next_power_of_2(E))}
+    shared = {"TEACHER": teacher is not None, "E": E, "BE": max(16, next_power_of_2(E))}
     sim = torch.empty(B, N, device=device)
     past_ids = (None, None) if queue_ids is None else (query_ids, queue_ids)
     batch = columns, temp, own, query_ids, key_ids, None
@@ -263,9 +263,9 @@ def contrastive(
     _statistics[queue_grid](q, p, *past, sums, None, B, Q, Q, first, shares, queue_tiles, **shared, **large)
 
     rows = torch.empty(MERGED, B, device=device)
-    BS = triton.next_power_of_2(shares)
+    BS = next_power_of_2(shares)
     BM = max(1, 2048 // BS)
-    _merge[(triton.cdiv(B, BM),)](sums, temp, rows, B, shares, alpha, TEACHER=shared["TEACHER"], BS=BS, BM=BM)
+    _merge[(cdiv(B, BM),)](sums, temp, rows, B, shares, alpha, TEACHER=shared["TEACHER"], BS=BS, BM=BM)
 
     dquery = torch.empty(B if gradient else 0, E, device=device)
     if gradient:
@@ -276,15 +276,15 @@ def contrastive(
         _gradient[grid](q, p, *batch, rows, parts, B, N, stride, 0, tiles, DS_SCALE, **shared)
         _gradient[queue_grid](q, p, *past, rows, parts, B, Q, Q, first, queue_tiles, DS_SCALE, **shared)
         factor = 1.0 / (DS_SCALE * B)
-        _add_shares[(triton.cdiv(B * E, 1024),)](parts, temp, dquery, B * E, first + rest, factor, BLOCK=1024)
+        _add_shares[(cdiv(B * E, 1024),)](parts, temp, dquery, B * E, first + rest, factor, BLOCK=1024)
     return rows[0].mean(), sim, dquery, rows[1].mean()
 
 
 def _plan(B: int, N: int, config: Mapping[str, Any], programs: int) -> tuple[tuple[int, int], int, int]:
     """(grid, tiles a share, shares) of N keys: about `programs` programs in all, shares of not too few tiles."""
-    tiles, rows = triton.cdiv(N, config["BN"]), triton.cdiv(B, config["BM"])
+    tiles, rows = cdiv(N, config["BN"]), cdiv(B, config["BM"])
     shares = max(1, min(programs // rows, tiles // 4))
-    return (rows, shares), triton.cdiv(tiles, shares), shares
+    return (rows, shares), cdiv(tiles, shares), shares
 
 
 def aot_cases(arch: int) -> list[AotCase]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .aot import AotCase
 from .shares import add_shares
 from .table import lookup
+from .tiles import cdiv
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -49,8 +50,8 @@ def gelu_gradient(
     """dh, a, db. programs: how many fill the GPU. config: ROWS and COLUMNS of a tile, num_warps."""
     T, F = h.shape
     dh, a, db = torch.empty_like(h), torch.empty_like(h), h.new_empty(F)
-    columns = triton.cdiv(F, config["COLUMNS"])
-    grid = columns, max(1, min(triton.cdiv(T, config["ROWS"]), programs // columns))
+    columns = cdiv(F, config["COLUMNS"])
+    grid = columns, max(1, min(cdiv(T, config["ROWS"]), programs // columns))
     parts = torch.empty(1, grid[1], F, dtype=torch.float32, device=h.device)
     _gelu_gradient[grid](
         da, h, dh, a, parts, T, F,

@@ -29,6 +29,7 @@ from torch import Tensor
 from .aot import AotCase
 from .shares import add_shares
 from .table import lookup
+from .tiles import cdiv, next_power_of_2
 
 MAX_D = 4096
 SUM_ROWS, SUM_COLUMNS = (
@@ -136,7 +137,7 @@ def forward(
     rstd = torch.empty_like(mean)
     if T:
         rows, block, warps = _tile(config, D)
-        _forward[(triton.cdiv(T, rows),)](
+        _forward[(cdiv(T, rows),)](
             x, residual, weight, bias, y, z, mean, rstd, seed,
             T, D, eps, *_chance(dropout),
             STORE_Z=store_z, ROWS=rows, BLOCK_D=block, num_warps=warps,
@@ -169,7 +170,7 @@ def backward(
     if not T:
         return dx, dr, torch.zeros_like(weight), torch.zeros_like(weight)
     rows, block, warps = _tile(config, D)
-    programs = min(triton.cdiv(T, rows), programs)
+    programs = min(cdiv(T, rows), programs)
     shares = z.new_empty((2, programs, D), dtype=torch.float32)
     _backward[(programs,)](
         dy, dz, z, mean, rstd, weight, dr, dx if own_dx else None, shares, seed,
@@ -192,7 +193,7 @@ def _tile(config: Mapping[str, Any], D: int) -> tuple[int, int, int]:
         raise ValueError(
             f"layer_norm: the kernel takes at most {MAX_D} columns, got {D}; use backend 'torch'"
         )
-    block = max(16, triton.next_power_of_2(D))
+    block = max(16, next_power_of_2(D))
     rows = min(16, max(1, config["elements"] // block))
     return rows, block, config["num_warps"] * max(1, block // config["elements"])
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import aot_case, halves
+from .tiles import aot_case, cdiv, halves
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -148,7 +148,7 @@ def linear_dgelu(
     """dh [M, F], a [M, F], db1 [F] fp32. dy [M, D], weight [D, F], h [M, F], contiguous, one dtype, M > 0."""
     (M, K), N = dy.shape, weight.shape[1]
     dh, a = torch.empty_like(h), torch.empty_like(h)
-    db = torch.empty(triton.cdiv(M, config["BM"]), N, dtype=torch.float32, device=h.device)
+    db = torch.empty(cdiv(M, config["BM"]), N, dtype=torch.float32, device=h.device)
     _linear_dgelu[_grid(M, N, config)](
         dy, weight, h, dh, a, db, M, N, K, K % config["BK"] == 0, precision, **config,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def linear_dgelu(
 
 
 def _grid(M: int, N: int, config: dict) -> tuple[int]:
-    return (triton.cdiv(M, config["BM"]) * triton.cdiv(N, config["BN"]),)
+    return (cdiv(M, config["BM"]) * cdiv(N, config["BN"]),)
 
 
 def aot_cases(arch: int) -> list[AotCase]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import aot_case, halves
+from .tiles import aot_case, cdiv, halves
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def patch_embed_fwd(
     y = torch.empty(B, pos.shape[0], D, dtype=out, device=image.device)
     if y.numel():
         rows = B * pos.shape[0]
-        grid = (triton.cdiv(rows, config["BM"]) * triton.cdiv(D, config["BN"]),)
+        grid = (cdiv(rows, config["BM"]) * cdiv(D, config["BN"]),)
         _patch_embed_fwd[grid](
             image, weight, bias, cls, pos, y, rows, height, width, D, C, P, precision, **config,
         )  # fmt: skip
@@ -167,10 +167,10 @@ def patch_embed_dw(
     B, C, height, width = image.shape
     D, K = dy.shape[2], C * patch_size**2
     patches = B * (dy.shape[1] - 1)
-    tiles = triton.cdiv(D, config["BM"]) * triton.cdiv(K, config["BN"])
+    tiles = cdiv(D, config["BM"]) * cdiv(K, config["BN"])
     # As many shares as fill one wave; each a whole number of steps, and at least eight of them.
     shares = max(1, min(programs // tiles, patches // (8 * config["BK"])))
-    share = triton.cdiv(triton.cdiv(patches, shares), config["BK"]) * config["BK"]
+    share = cdiv(cdiv(patches, shares), config["BK"]) * config["BK"]
     dw = torch.empty(shares, D, C, patch_size, patch_size, dtype=torch.float32, device=dy.device)
     _patch_embed_dw[(tiles, shares)](
         dy, image, dw, patches, share, height, width, D, C, patch_size, precision, **config,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
+from .tiles import cdiv
 
 SHARES = 256
 COLUMNS = 16  # of a tile: few, so that there are many programs
@@ -31,7 +32,7 @@ def _add_shares(part_ptr, first_ptr, second_ptr, shares, D, SHARES: tl.constexpr
 def add_shares(parts: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     """first [D] and, if given, second [D] = parts [1 or 2, shares, D] fp32 summed over the shares."""
     count, shares, D = parts.shape
-    _add_shares[(triton.cdiv(D, COLUMNS), count)](
+    _add_shares[(cdiv(D, COLUMNS), count)](
         parts, first, first if second is None else second, shares, D,
         SHARES=SHARES, COLUMNS=COLUMNS, num_warps=8,
     )  # fmt: skip

@@ -107,12 +107,15 @@ def test_a_call_like_the_last_one_replays_its_record(model, how, monkeypatch):
             assert torch.equal(got, expected)
     with backends.use("torch"):
         assert torch.equal(texts(model, how), expected) and len(made) == 8
+    with torch.autocast("cpu", torch.bfloat16):
+        texts(model, how)
+    assert len(made) == 10
     model.text_decoder.float().cls.predictions.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)))
     texts(model, how)
-    assert len(made) == 10, "recorded with other weights"
+    assert len(made) == 12, "recorded with other weights"
     recorded.forget(model.text_decoder)
     texts(model, how)
-    assert len(made) == 12
+    assert len(made) == 14
 
 
 @torch.no_grad()

@@ -33,6 +33,7 @@ def likeness(
         "masked": images.mask is not None,
         "weights": [(x.data_ptr(), x.dtype) for x in weights],
         "served": backends.asked(),
+        "autocast": torch.is_autocast_enabled(prompt.device.type),
         "inference": torch.is_inference_mode_enabled(),
     }
 
