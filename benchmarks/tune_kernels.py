@@ -181,7 +181,10 @@ class Tuning:
 
 @functools.cache
 def all_cases() -> list[Case]:
-    return collect("cuda")[0]
+    cases, failed = collect("cuda")
+    for name, why in failed.items():
+        print(f"{name} gave no cases: {why}", file=sys.stderr)
+    return cases
 
 
 def right(runs: dict[int, Run]) -> dict[int, Run]:
@@ -251,6 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for op in args.ops or sorted(path.stem for path in table.FOLDER.glob("*.json")):
         try:
             tuning = Tuning(op, arch, args.buckets)
+            if not tuning.of_bucket:
+                raise ValueError("no case of benchmarks/ops looks up such a bucket")
             compile_ahead(tuning.tasks(), arch, processes)
             tuning.tune()
             tuning.trial.save(args.output)

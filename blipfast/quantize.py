@@ -15,9 +15,9 @@ GPU: not yet measured, hence no default. A count for an H200 (989 TFLOP/s in bf1
   rounding what goes into its 98 products takes hundreds of kernels more, of a microsecond or two each.
 - Elsewhere an input number costs 5 bytes, or 1.0 ps, to round, and each of the products it goes into saves 1.0 ps in a
   thousand. So layers with many outputs pay: the image encoder's qkv (0.8 against 1.8 ns a token) and the first
-  feed-forward layer of the text encoder (0.8 against 2.4). Layers of 768 outputs lose. So does the first feed-forward
-  layer of the image encoder, whose kernel applies GELU before it writes: a pass of its own would take 2.6 ns. In all
-  fp8 can save no more than 7 to 8 per cent of an encoder's products until kernels round what they write themselves.
+  feed-forward layer of the text encoder (0.8 against 2.4). Layers of 768 outputs lose. The first feed-forward layer of
+  the image encoder stays, for where one kernel multiplies and applies GELU. In all fp8 can save no more than 7 to 8 per
+  cent of an encoder's products until kernels round what they write themselves.
 - int8 saves as many products, but its sums are written in 32 bits and read again: 8 bytes an output, 3.8 ns for qkv.
   It is slower than bf16, and there for weights of half the size and for the numbers of the CPU.
 """

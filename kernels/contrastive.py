@@ -210,7 +210,7 @@ def _gradient(
 
 
 @triton.jit(do_not_specialize=["elements", "shares"])
-def _add_shares(part_ptr, temp_ptr, out_ptr, elements, shares, factor, BLOCK: tl.constexpr):
+def _add_scaled_shares(part_ptr, temp_ptr, out_ptr, elements, shares, factor, BLOCK: tl.constexpr):
     """out [elements] = factor / tau times the sum over shares of part [shares, elements]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -276,7 +276,7 @@ def contrastive(
         _gradient[grid](q, p, *batch, rows, parts, B, N, stride, 0, tiles, DS_SCALE, **shared)
         _gradient[queue_grid](q, p, *past, rows, parts, B, Q, Q, first, queue_tiles, DS_SCALE, **shared)
         factor = 1.0 / (DS_SCALE * B)
-        _add_shares[(cdiv(B * E, 1024),)](parts, temp, dquery, B * E, first + rest, factor, BLOCK=1024)
+        _add_scaled_shares[(cdiv(B * E, 1024),)](parts, temp, dquery, B * E, first + rest, factor, BLOCK=1024)
     return rows[0].mean(), sim, dquery, rows[1].mean()
 
 
@@ -318,5 +318,5 @@ def aot_cases(arch: int) -> list[AotCase]:
         add(f"{kernel} batch", fn, small, "fp32", True, ("count",))
     signature = {argument: types[argument] for argument in _merge.arg_names if argument in types}
     found.append(AotCase("merge", _merge, signature, {"TEACHER": True, "BS": 256, "BM": 8}, 4, 3))
-    signature = {argument: types[argument] for argument in _add_shares.arg_names if argument in types}
-    return [*found, AotCase("add shares", _add_shares, signature, {"BLOCK": 1024}, 4, 3)]
+    signature = {argument: types[argument] for argument in _add_scaled_shares.arg_names if argument in types}
+    return [*found, AotCase("add shares", _add_scaled_shares, signature, {"BLOCK": 1024}, 4, 3)]

@@ -32,10 +32,6 @@ from .table import lookup
 from .tiles import cdiv, next_power_of_2
 
 MAX_D = 4096
-SUM_ROWS, SUM_COLUMNS = (
-    256,
-    16,
-)  # of the tiles in which shares are added: few columns, so that there are many programs
 
 
 @triton.jit

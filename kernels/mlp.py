@@ -20,10 +20,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import aot_case, cdiv, halves
-
-SQRT_HALF = tl.constexpr(0.7071067811865476)
-INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+from .tiles import INV_SQRT_2PI, SQRT_HALF, aot_case, cdiv, halves
 
 
 @triton.jit

@@ -45,5 +45,5 @@ def aot_cases(arch: int) -> list[AotCase]:
         AotCase(
             dtype, _add_shares, types | dict.fromkeys(("first_ptr", "second_ptr"), f"*{dtype}"), tile, 8, 3
         )
-        for dtype in ("bf16", "fp32")
+        for dtype in ("bf16", "fp16", "fp32")
     ]

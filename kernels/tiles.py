@@ -9,6 +9,9 @@ import triton.language as tl
 
 from .aot import AotCase
 
+SQRT_HALF = tl.constexpr(0.7071067811865476)  # GELU's
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
 
 @triton.jit
 def halves(tile, BM: tl.constexpr, BN: tl.constexpr):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -57,11 +59,33 @@ def test_weights_that_are_cut_or_not_to_be_cast_stay():
         assert model[0].bias.dtype == torch.bfloat16
 
 
+def test_layers_that_were_replaced_are_gone():
+    model = layers()
+    with torch.autocast("cpu", torch.bfloat16), cast_weights(model):
+        pass
+    old = weakref.ref(model[0])
+    model[0] = nn.Linear(6, 8)
+    gc.collect()
+    assert old() is None
+    with torch.autocast("cpu", torch.bfloat16), cast_weights(model):
+        assert model[0].weight.dtype == torch.bfloat16
+
+
 def test_a_weight_that_is_not_used_gets_no_gradient():
     model = layers()
     with torch.autocast("cpu", torch.bfloat16), cast_weights(model):
         model[0](torch.randn(2, 6)).sum().backward()
     assert model[2].weight.grad is None and model[0].weight.grad is not None
+
+
+def test_what_is_frozen_stays_so():
+    """A product with a frozen weight must not keep its input for a gradient that nobody wants."""
+    model, x = layers(), torch.randn(2, 6)
+    model[0].requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16), cast_weights(model):
+        assert not model[0](x).requires_grad and model[2].weight.requires_grad
+        model(x).sum().backward()
+    assert model[0].weight.grad is None and model[2].weight.grad is not None
 
 
 class Casts(TorchDispatchMode):

@@ -117,6 +117,22 @@ def test_forward_moves_the_momentum_encoders_and_a_trainer_may_do_it_instead(sma
     assert model.queue_ptr.item() == (4 + 8) % 8
 
 
+def test_encoders_that_were_replaced_are_averaged(small):
+    model = blip_pretrain(queue_size=8, **small)
+    model._momentum_update()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)  # other parameters in the place of the first ones
+    with torch.no_grad():
+        for weight in model.text_encoder.parameters():
+            weight.add_(1.0)
+    before = [weight.clone() for weight in model.text_encoder_m.parameters()]
+    model._momentum_update()
+    moved = [not torch.equal(a, b) for a, b in zip(model.text_encoder_m.parameters(), before, strict=True)]
+    assert sum(moved) == len(
+        [n for n, _ in model.text_encoder_m.named_parameters() if ".crossattention." not in n]
+    )
+
+
 def test_momentum_dropout_can_be_switched_off(small):
     model = blip_pretrain(queue_size=8, **small)
     assert model.train().text_encoder_m.training

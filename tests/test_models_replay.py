@@ -110,12 +110,22 @@ def test_a_call_like_the_last_one_replays_its_record(model, how, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         texts(model, how)
     assert len(made) == 10
+    model.text_decoder.train()  # dropout would be recorded
+    texts(model, how)
+    assert len(made) == 12
+    model.eval()
+    assert torch.equal(texts(model, how), expected) and len(made) == 14
     model.text_decoder.float().cls.predictions.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)))
     texts(model, how)
-    assert len(made) == 12, "recorded with other weights"
-    recorded.forget(model.text_decoder)
+    assert len(made) == 16, "recorded with other weights"
+    kept = weakref.ref(recorded._idle[model.text_decoder][1])
+    gc.disable()
+    model.train()
+    assert kept() is None, "its memory is free at once"
+    gc.enable()
+    model.eval()
     texts(model, how)
-    assert len(made) == 14
+    assert len(made) == 18
 
 
 @torch.no_grad()

@@ -89,6 +89,8 @@ def test_little_memory_and_small_passes_change_no_score(small, images, monkeypat
     scores = poor.rerank(k=3)
     torch.testing.assert_close(scores.i2t, expected.i2t, rtol=1e-5, atol=1e-5)
     assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) <= {1, 2}
+    _, one_by_one = collection(small, images, pairs=1)
+    torch.testing.assert_close(one_by_one.rerank(k=3).i2t, expected.i2t, rtol=1e-5, atol=1e-5)
 
 
 def test_a_collection_needs_pictures_and_texts(small, images):

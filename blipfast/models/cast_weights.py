@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,42 +17,37 @@ from blipfast.ops.launch import autocast_dtype
 
 @contextlib.contextmanager
 def cast_weights(*modules: nn.Module) -> Iterator[None]:
-    """Within, the fp32 linear layers of `modules` hold weights that were cast together, and are differentiable.
+    """Within, the fp32 linear layers of `modules` hold weights that were cast together; gradients reach their own.
 
     Does nothing outside autocast, under torch.compile, and where a layer's weight is not all here (ZeRO-3 brings it
-    when the layer is called). A function that is recomputed in backward must enter this itself.
+    when the layer is called). A function that is recomputed in backward must enter this itself. Not for threads that
+    share a model.
     """
-    held = [
-        (layer, name, weight)
-        for module in modules
-        for layer in _linears(module)
-        for name, weight in layer._parameters.items()
-        if weight is not None and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
-    ]
-    dtype = autocast_dtype(held[0][2]) if held and not torch.compiler.is_compiling() else None
+    layers = [layer for module in modules for layer in module.modules() if type(layer) is nn.Linear]
+    dtype = autocast_dtype(layers[0].weight) if layers and not torch.compiler.is_compiling() else None
     if dtype is None:
         yield
         return
-    cast = _Cast.apply(dtype, *(weight for _, _, weight in held))
-    for (layer, name, _), weight in zip(held, cast):
-        layer._parameters[name] = weight
+    held = [
+        (layer, name, weight)
+        for layer in layers
+        for name, weight in layer._parameters.items()
+        if weight is not None and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
+    ]
     try:
+        for learned in (
+            True,
+            False,
+        ):  # apart: what a function gives out wants gradients if one of its inputs does
+            own = [one for one in held if one[2].requires_grad == learned]
+            weights = [weight for _, _, weight in own]
+            cast = _Cast.apply(dtype, *weights) if learned and weights else _copies(weights, dtype)
+            for (layer, name, _), weight in zip(own, cast, strict=True):
+                layer._parameters[name] = weight
         yield
     finally:
         for layer, name, weight in held:
             layer._parameters[name] = weight
-
-
-def _linears(module: nn.Module) -> list[nn.Linear]:
-    """Those that it had when it was first asked for; one that came later is cast by autocast."""
-    if type(module) is nn.Linear:
-        return [module]
-    if module not in _known:
-        _known[module] = [layer for layer in module.modules() if type(layer) is nn.Linear]
-    return _known[module]
-
-
-_known: WeakKeyDictionary[nn.Module, list[nn.Linear]] = WeakKeyDictionary()
 
 
 class _Cast(torch.autograd.Function):

@@ -26,7 +26,7 @@ from .search import BeamSearch, Draws
 TOP_K = 50  # official sampling also keeps only the 50 likeliest tokens (transformers' default)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rules:
     """How texts are made. Lengths are in tokens and count the prompt.
 
@@ -138,16 +138,19 @@ def decode(
     kind = BeamSearch if rules.num_beams > 1 and not rules.sample else Draws
     sizes = (kind.rows(rules), len(prompt), rules.max_length)
     search: Draws | BeamSearch | None = None
-    like: dict = {}
+    like = None
     while waiting.more() or search.active:
         free = search.room if search else capacity
         while free and waiting.more():
             chosen = waiting.take(free)
+            if (
+                search is None
+            ):  # before there are keys and values of these images, for what is not taken is freed
+                like = recorded.likeness(kind, rules, prompt, decoder, chosen.embeds, chosen.mask)
+                search = recorded.take(decoder, like, prompt)
             images = image_memory(decoder.bert.encoder, chosen.embeds, chosen.mask, text_rows(*sizes))
             if search is None:
-                like = recorded.likeness(kind, rules, prompt, decoder, images)
-                search = recorded.take(decoder, like, prompt)
-                search = search or kind(rules, prompt.clone(), Decoding(decoder, images, *sizes))
+                search = kind(rules, prompt.clone(), Decoding(decoder, images, *sizes))
                 free = len(chosen.numbers)
             search.admit(chosen.numbers, images, chosen.draws)
             free -= len(chosen.numbers)

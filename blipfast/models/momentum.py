@@ -40,9 +40,8 @@ class MomentumModel(nn.Module):
     self_updating = True
     negative_all_rank = False
     temperature_limits = (0.001, 0.5)
-    _averaged: tuple[list[nn.Parameter], list[nn.Parameter]] | None = (
-        None  # `momentum_pairs` of the first step
-    )
+    # the first parameters of the encoders when `momentum_pairs` was asked last, and what it said
+    _averaged: tuple[list[nn.Parameter], ...] = ([], [], [])
 
     def add_queues(self, embed_dim: int, queue_size: int, pointer: str) -> None:
         """Queues of normalised features [embed_dim, Q], random at first, and the buffer `pointer` where to write."""
@@ -91,9 +90,12 @@ class MomentumModel(nn.Module):
 
     @torch.no_grad()
     def _momentum_update(self) -> None:
-        if self._averaged is None:  # finding them takes longer than averaging
-            self._averaged = tuple(map(list, zip(*self.momentum_pairs())))
-        online, momentum = self._averaged
+        firsts = [next(module.parameters()) for pair in self.model_pairs for module in pair]
+        if list(map(id, firsts)) != list(
+            map(id, self._averaged[0])
+        ):  # finding all takes longer than averaging
+            self._averaged = firsts, *map(list, zip(*self.momentum_pairs()))
+        _, online, momentum = self._averaged
         torch._foreach_lerp_(momentum, online, 1.0 - self.momentum)
 
     def train(self, mode: bool = True) -> MomentumModel:

@@ -179,7 +179,7 @@ def run(
 
         def step(*states: Tensor, i=i, layer=layer, final=final, looked_at=looked_at) -> tuple[Tensor, ...]:
             own = [part.model.encoder.layer[i].attention for part in parts]
-            shared = [layer.crossattention] if looked_at else []
+            shared = looking(layer.crossattention) if looked_at else []
             with cast_weights(*own, *shared, layer.intermediate, layer.output):
                 attended = [part.attend(i, x, final) for part, x in zip(parts, states)]
                 sizes = [len(x) for x in attended]
@@ -220,11 +220,20 @@ def together(rows: list[Rows], image: list[list[int] | None], images: int, token
     return reads(lengths, [m for of in each for m in of], images, tokens, rows[0].device)
 
 
+def inners(block: nn.Module) -> list[BertSelfAttention]:
+    """The attentions of a cross-attention block: to one image, or to each of two."""
+    return [block.self] if hasattr(block, "self") else [block.self0, block.self1]
+
+
+def looking(block: nn.Module) -> list[nn.Module]:
+    """What `attend_images` calls of a cross-attention block: all but keys and values, which are made elsewhere."""
+    return [*(inner.query for inner in inners(block)), block.output]
+
+
 def attend_images(block, states: Tensor, images: list[tuple], layout: Layout) -> Tensor:
     """A layer's cross-attention block over packed states [T, D]; images: keys, values and mask of one or of two."""
-    inners = (block.self,) if len(images) == 1 else (block.self0, block.self1)
     contexts = []
-    for inner, (key, value, mask) in zip(inners, images):
+    for inner, (key, value, mask) in zip(inners(block), images, strict=True):
         dropout = inner.dropout.p if inner.training else 0.0
         keep = inner.keep if inner.save_attention else None
         query = in_blocks(inner.query, states)

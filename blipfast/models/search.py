@@ -6,6 +6,8 @@ length, since every step adds one token to every text.
 
 from __future__ import annotations
 
+from weakref import proxy
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,9 @@ class Search:
         self.draws = torch.empty(C, k, rules.max_length, device=device) if rules.sample else None
         self.replay = self.replay_start = None
         if replays(device):
-            self.replay = Replay(lambda: self.grow(C, rules.max_length), device)
-            self.replay_start = Replay(lambda: self.start(slice(0, C)), device)
+            me = proxy(self)  # a cycle would hold the caches until the garbage collector comes
+            self.replay = Replay(lambda: me.grow(C, rules.max_length), device)
+            self.replay_start = Replay(lambda: me.start(slice(0, C)), device)
 
     @property
     def active(self) -> int:

@@ -37,8 +37,10 @@ _wins = {
 
 
 def _triton(q: Tensor) -> bool:
-    """q is packed, [T, H, d], or dense, [B, N, H, d]."""
+    """q is packed, [T, H, d], or dense, [B, N, H, d]. Few dense queries were measured in decoding, not in training."""
     kind = "shared" if q.ndim == 3 else "dense" if q.shape[1] > FEW else "few"
+    if kind == "few" and torch.is_grad_enabled() and q.requires_grad:
+        return False
     return (q.shape[-1], kind) in _wins and _wins[q.shape[-1], kind](q)
 
 
