@@ -17,7 +17,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 
 import torch
@@ -32,19 +32,24 @@ HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (*HALVES, torch.float32)
 
 Predicate = Callable[[Tensor], bool]
+ONE_KIND = {"": (1, 1, 64)}
 
 logger = logging.getLogger(__name__)
 _registry: dict[str, dict[str, Predicate]] = {}
+_kinds: dict[str, Mapping[str, tuple[int, ...]]] = {}
 _overrides: ContextVar[tuple[dict[str, str], ...]] = ContextVar("blipfast_backends", default=())
 _said: set[tuple[str, str]] = set()
 
 
-def register(op: str, **available: Predicate) -> None:
-    """Make the backends of an operation known, best first; each with what it serves by default. At import of an op."""
+def register(op: str, kinds: Mapping[str, tuple[int, ...]] = ONE_KIND, /, **available: Predicate) -> None:
+    """Make the backends of an operation known, best first; each with what it serves by default. At import of an op.
+
+    kinds: what it is asked for, where that decides who serves: a name, and the shape of a tensor of this kind.
+    """
     unknown = sorted(set(available) - set(NAMES))
     if unknown:
         raise ValueError(f"{op}: {unknown} are not backends; choose among {list(NAMES)}")
-    _registry[op] = available
+    _registry[op], _kinds[op] = available, kinds
 
 
 def always(tensor: Tensor) -> bool:
@@ -116,16 +121,17 @@ def recompute_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.
 
 
 def describe() -> list[tuple[str, str, str, str]]:
-    """(operation, device, backend, why) of every operation on the CPU and, if there is one, the GPU."""
+    """(operation and kind, device, backend, why) of every operation on the CPU and, if there is one, the GPU."""
     rows = []
+    kinds = [(op, kind, shape) for op, shapes in sorted(_kinds.items()) for kind, shape in shapes.items()]
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        probe = torch.empty(1, 1, 64, device=device, dtype=dtype)
-        for op in sorted(_registry):
+        for op, kind, shape in kinds:
+            name, probe = f"{op} {kind}".strip(), torch.empty(shape, device=device, dtype=dtype)
             try:
-                rows.append((op, device, choose(op, probe), _why(op, probe)))
+                rows.append((name, device, choose(op, probe), _why(op, probe)))
             except ValueError as error:
-                rows.append((op, device, "none", str(error)))
+                rows.append((name, device, "none", str(error)))
     return rows
 
 

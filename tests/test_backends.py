@@ -22,6 +22,7 @@ HERE = torch.zeros(2, 8)
 def operations(monkeypatch):
     """A registry with two operations of its own, and no environment."""
     monkeypatch.setattr(backends, "_registry", {})
+    monkeypatch.setattr(backends, "_kinds", {})
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     backends.register("norm", triton=backends.triton_serves("norm"), torch=backends.always)
     backends.register(
@@ -119,6 +120,13 @@ def test_describe_says_who_and_why(monkeypatch):
     assert norm[3] == "first choice of torch; not for this device or not faster: triton"
     with backends.use(norm="torch"):
         assert "asked for" in backends.describe()[1][3]
+
+
+def test_describe_tells_kinds_apart_that_others_serve():
+    kinds = {"of rows": (2, 8), "of one": (8,)}
+    backends.register("look", kinds, sdpa=lambda x: x.ndim > 1, torch=backends.always)
+    found = {op: backend for op, device, backend, _ in backends.describe() if device == "cpu"}
+    assert found == {"look of rows": "sdpa", "look of one": "torch", "norm": "torch"}
 
 
 def test_the_choice_does_not_break_a_compiled_graph():

@@ -50,6 +50,7 @@ def _only_if_asked(q: Tensor) -> bool:
 
 backends.register(
     OP,
+    {"of pictures": (1, 197, 12, 64), "of texts": (14, 12, 64), "in decoding": (1, 3, 12, 64)},
     triton=_triton,
     sdpa=lambda q: q.is_cuda,
     torch=backends.always,
