@@ -20,7 +20,7 @@ FLUSH = 256 * 2**20  # bytes written between two timings: more than any L2 cache
 OUT_OF_TIME = "not run: out of time"  # a row's note
 CYCLES = 2e9  # of a GPU's clock in a second, or fewer
 PATIENCE = 45.0  # seconds for a contender's first call, which builds and compiles
-LONG = 25.0  # times as long may all rounds take where one takes more than a second
+LONG = 25.0  # times `seconds` may all rounds take where one takes more than a second
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Ceiling:
 
 @dataclass
 class Row:
-    """One contender of one case. Times in ms; ratio: its time over ours, round by round; note: why there is no time.
+    """One contender of one case. Times in ms; ratio: its time over that of our fastest path, round by round; note: why
+    there is no time.
 
     ceiling: the share of its time that the ceilings ask for, by FLOPs or by bytes, whichever is more.
     per_second: items of a model. targets, in our row: each with its verdict, joined by "; ". remark: of the case.
@@ -80,11 +81,9 @@ def measure(case: Case, device: str, ceiling: Ceiling, seconds: float = 0.4) -> 
     if ready:
         times = time_in_turn(ready, device, seconds, by_wall=bool(case.items))
         ours = [label for label in times if label.startswith("ours")]
-        first = min(
-            ours, key=lambda label: spread(times[label])[1], default=None
-        )  # whom the table should choose
+        fastest = min(ours, key=lambda label: spread(times[label])[1], default=None)
         for label, own in times.items():
-            _fill(rows[label], case, own, times.get(first), ceiling)
+            _fill(rows[label], case, own, times.get(fastest), ceiling)
     own = [row for row in rows.values() if row.contender.startswith("ours")]
     if own:
         best = min((row for row in own if row.ms_p50), key=lambda row: row.ms_p50, default=None)
@@ -171,14 +170,15 @@ def measure_ceiling(device: str) -> Ceiling:
     return Ceiling(2 * n**3 / product / 1e9, 2 * source.numel() / copy / 1e6)
 
 
-def _fill(row: Row, case: Case, own: list[float], first: list[float] | None, ceiling: Ceiling) -> None:
+def _fill(row: Row, case: Case, own: list[float], fastest: list[float] | None, ceiling: Ceiling) -> None:
     row.rounds = len(own)
     row.ms_p20, row.ms_p50, row.ms_p80 = spread(own)
     row.per_second = case.items / row.ms_p50 * 1e3 if case.items else None
     row.tflops, row.gbps = case.flops / row.ms_p50 / 1e9, case.bytes / row.ms_p50 / 1e6
     row.ceiling = max(row.tflops / ceiling.tflops, row.gbps / ceiling.gbps)
-    if first:
-        row.ratio_p20, row.ratio_p50, row.ratio_p80 = spread([a / b for a, b in zip(own, first, strict=True)])
+    if fastest:
+        ratios = [a / b for a, b in zip(own, fastest, strict=True)]
+        row.ratio_p20, row.ratio_p50, row.ratio_p80 = spread(ratios)
 
 
 def _peak_mib(function: Callable[[], object], device: str) -> float | None:

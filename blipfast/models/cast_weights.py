@@ -35,10 +35,8 @@ def cast_weights(*modules: nn.Module) -> Iterator[None]:
         if weight is not None and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
     ]
     try:
-        for learned in (
-            True,
-            False,
-        ):  # apart: what a function gives out wants gradients if one of its inputs does
+        # apart, because what a function gives out wants gradients if one of its inputs does
+        for learned in (True, False):
             own = [one for one in held if one[2].requires_grad == learned]
             weights = [weight for _, _, weight in own]
             cast = _Cast.apply(dtype, *weights) if learned and weights else _copies(weights, dtype)

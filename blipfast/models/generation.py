@@ -143,9 +143,8 @@ def decode(
         free = search.room if search else capacity
         while free and waiting.more():
             chosen = waiting.take(free)
-            if (
-                search is None
-            ):  # before there are keys and values of these images, for what is not taken is freed
+            if search is None:
+                # before there are keys and values of these images: what is not taken up again is freed
                 like = recorded.likeness(kind, rules, prompt, decoder, chosen.embeds, chosen.mask)
                 search = recorded.take(decoder, like, prompt)
             images = image_memory(decoder.bert.encoder, chosen.embeds, chosen.mask, text_rows(*sizes))

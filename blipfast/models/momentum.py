@@ -90,10 +90,9 @@ class MomentumModel(nn.Module):
 
     @torch.no_grad()
     def _momentum_update(self) -> None:
+        # finding all pairs takes longer than averaging them
         firsts = [next(module.parameters()) for pair in self.model_pairs for module in pair]
-        if list(map(id, firsts)) != list(
-            map(id, self._averaged[0])
-        ):  # finding all takes longer than averaging
+        if list(map(id, firsts)) != list(map(id, self._averaged[0])):
             self._averaged = firsts, *map(list, zip(*self.momentum_pairs()))
         _, online, momentum = self._averaged
         torch._foreach_lerp_(momentum, online, 1.0 - self.momentum)
