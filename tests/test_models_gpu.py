@@ -91,3 +91,4 @@ def test_recomputed_blocks_are_served_as_at_first():
     with backends.use("torch"), torch.autocast("cuda", torch.bfloat16):
         loss = model(torch.randn(4, 3, 32, 32, device="cuda"), CAPTIONS)
     loss.backward()
+    assert all(block.attn.qkv.weight.grad.isfinite().all() for block in model.visual_encoder.blocks)
