@@ -20,7 +20,7 @@ from torch import Tensor
 from .aot import AotCase
 from .shares import add_shares
 from .table import lookup
-from .tiles import INV_SQRT_2PI, SQRT_HALF, cdiv
+from .tiles import cdiv, gelu_slope, normal_cdf
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -33,9 +33,9 @@ def _gelu_gradient(da_ptr, h_ptr, dh_ptr, a_ptr, share_ptr, T, F, ROWS: tl.const
         inside = (t < T)[:, None] & (f < F)[None, :]
         h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
         da = tl.load(da_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        cdf = 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
+        cdf = normal_cdf(h)
         tl.store(a_ptr + at, (h * cdf).to(a_ptr.dtype.element_ty), mask=inside)
-        dh = da * (cdf + h * INV_SQRT_2PI * tl.exp(-0.5 * h * h))
+        dh = da * gelu_slope(h, cdf)
         tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=inside)
         total += dh
     tl.store(share_ptr + tl.program_id(1) * F + f, tl.sum(total, 0), mask=f < F)

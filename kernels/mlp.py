@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import INV_SQRT_2PI, SQRT_HALF, aot_case, cdiv, halves
+from .tiles import aot_case, cdiv, gelu_slope, halves, normal_cdf
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _gelu_store(
         if KEEP:
             tl.store(h_ptr + at, h, mask=inside)
         h = h.to(tl.float32)
-        a = 0.5 * h * (1.0 + tl.erf(h * SQRT_HALF))
+        a = h * normal_cdf(h)
         tl.store(a_ptr + at, a.to(a_ptr.dtype.element_ty), mask=inside)
 
 
@@ -87,9 +87,9 @@ def _dgelu_store(da, h_ptr, dh_ptr, a_ptr, db_ptr, m, n0, M, N, BM: tl.constexpr
         n = n0 + tl.arange(0, BN)
         inside, at = (m < M)[:, None] & (n < N)[None, :], m[:, None] * N + n[None, :]
         h = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        cdf = 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
+        cdf = normal_cdf(h)
         tl.store(a_ptr + at, (h * cdf).to(a_ptr.dtype.element_ty), mask=inside)
-        dh = da * (cdf + h * INV_SQRT_2PI * tl.exp(-0.5 * h * h))
+        dh = da * gelu_slope(h, cdf)
         tl.store(dh_ptr + at, dh.to(dh_ptr.dtype.element_ty), mask=inside)
         tl.store(db_ptr + n, tl.sum(dh, 0), mask=n < N)  # da is zero in rows beyond M
 

@@ -9,8 +9,20 @@ import triton.language as tl
 
 from .aot import AotCase
 
-SQRT_HALF = tl.constexpr(0.7071067811865476)  # GELU's
+SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def normal_cdf(h):
+    """Of the standard normal distribution; GELU is h times it."""
+    return 0.5 * (1.0 + tl.erf(h * SQRT_HALF))
+
+
+@triton.jit
+def gelu_slope(h, cdf):
+    """GELU's derivative at h, whose `normal_cdf` is cdf."""
+    return cdf + h * INV_SQRT_2PI * tl.exp(-0.5 * h * h)
 
 
 @triton.jit

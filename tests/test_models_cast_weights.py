@@ -119,6 +119,5 @@ def test_a_training_step_makes_far_fewer_casts(small, images, checkpointing, mon
     monkeypatch.setattr(casting, "autocast_dtype", lambda x: None)
     apart, want = step()
     assert together < 0.6 * apart
-    assert (
-        got - want
-    ).norm() < 5e-3 * want.norm()  # a weight of two passes has two casts, whose gradients add in fp32
+    # a weight of two passes has two casts, whose gradients add in fp32
+    assert (got - want).norm() < 5e-3 * want.norm()

@@ -17,7 +17,7 @@ from blipfast.ops.launch import autocast_dtype
 from .few_rows import linear
 from .image_memory import ImageMemory, attend
 from .med import BertLMHeadModel, BertOutput, BertSelfAttention, BertSelfOutput, residual_norm
-from .packing import better_stacked
+from .packing import better_stacked, stacked
 
 
 class Decoding:
@@ -34,7 +34,7 @@ class Decoding:
         self.cache = [like.new_zeros(shape) for _ in decoder.bert.encoder.layer]  # keys and values
         self.past = torch.zeros(len(images), beams, slots, dtype=torch.bool, device=like.device)
         self.past[..., :prompt] = True
-        self.weights = self.stacked()
+        self.weights = self.stack()
 
     def put(self, first: int, images: ImageMemory) -> None:
         """Let images take the places from `first` on; their past is that of the prompt."""
@@ -114,7 +114,7 @@ class Decoding:
         made = F.linear(x, *self.weights[i]).unflatten(-1, (3, -1))
         return made[:, :, 0], made[:, :, 1:]
 
-    def stacked(self) -> list[tuple[Tensor, Tensor]] | None:
+    def stack(self) -> list[tuple[Tensor, Tensor]] | None:
         """Each layer's weights of queries, keys and values as one matrix, and their biases: copies. None if no use."""
         device = self.past.device
         if not better_stacked(device) or torch.is_autocast_enabled(device.type):
@@ -123,14 +123,11 @@ class Decoding:
         layers = [(block.query, block.key, block.value) for block in blocks]
         if any(type(layer) is not nn.Linear for three in layers for layer in three):
             return None
-        return [
-            tuple(torch.cat([getattr(x, kind) for x in three]) for kind in ("weight", "bias"))
-            for three in layers
-        ]
+        return [stacked(three) for three in layers]
 
     def renew(self) -> None:
         """Copy the weights again, in place: they may have been trained since."""
-        for old, new in zip(self.weights or (), self.stacked() or ()):
+        for old, new in zip(self.weights or (), self.stack() or ()):
             for mine, theirs in zip(old, new):
                 mine.copy_(theirs)
 

@@ -21,7 +21,7 @@ from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 
 from .cast_weights import cast_weights
 from .med import BertEncoder, BertLMHeadModel, BertModel, BertSelfAttention, KeyValue
-from .packing import Ragged, Rows, better_stacked, cross_attention, in_blocks, reads
+from .packing import Ragged, Rows, better_stacked, cross_attention, in_blocks, reads, stacked
 
 
 @dataclass
@@ -66,14 +66,9 @@ def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[KeyVa
         every = [layer(image_embeds).unflatten(-1, (heads, -1)) for layer in layers]
     else:
         with cast_weights(*layers):
-            every = as_one(layers, image_embeds).unflatten(-1, (len(layers), heads, -1)).unbind(2)
+            weight, bias = stacked(layers)
+        every = F.linear(image_embeds, weight, bias).unflatten(-1, (len(layers), heads, -1)).unbind(2)
     return list(zip(every[::2], every[1::2]))
-
-
-def as_one(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
-    """The outputs of linear layers side by side, by one matrix product."""
-    weight, bias = (torch.cat([getattr(layer, kind) for layer in layers]) for kind in ("weight", "bias"))
-    return F.linear(x, weight, bias)
 
 
 class KeysWhenRead(Sequence):
@@ -135,7 +130,7 @@ class Part:
         layers, heads = (inner.query, inner.key, inner.value), inner.num_attention_heads
         plain = all(type(layer) is nn.Linear for layer in layers)
         if plain and not partial and better_stacked(states.device):
-            query, key, value = as_one(layers, states).unflatten(-1, (3, heads, -1)).unbind(1)
+            query, key, value = F.linear(states, *stacked(layers)).unflatten(-1, (3, heads, -1)).unbind(1)
         else:
             made = (in_blocks(layer, x) for layer, x in zip(layers, (kept, states, states)))
             query, key, value = (x.unflatten(-1, (heads, -1)) for x in made)

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from blipfast.ops.attention import Layout, attention_varlen
 
@@ -101,6 +101,11 @@ def better_stacked(device: torch.device) -> bool:
     """Whether several matrices are stacked to multiply a tensor once: many small products take a GPU longer than one,
     while on a CPU stacking takes as long as a product."""
     return device.type != "cpu"
+
+
+def stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one linear layer whose outputs are those of `layers` side by side."""
+    return tuple(torch.cat([getattr(layer, kind) for layer in layers]) for kind in ("weight", "bias"))
 
 
 def in_blocks(function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
