@@ -43,6 +43,8 @@ Task = tuple[int, str, Config]  # place of the case, bucket, configuration
 GRIDS: dict[str, dict[str, Sequence[int]]] = {
     "adamw": {"chunk": (8192, 16384, 32768, 65536), "block": (1024, 2048, 4096), "num_warps": (4, 8)},
     "attention": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "beam_search": {"BLOCK": (1024, 2048, 4096), "num_warps": (1, 2, 4, 8)},
+    "cached_attention": {"BN": (16, 32, 64), "num_warps": (1, 2, 4), "num_stages": (1, 2)},
     "contrastive": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
     "gelu_gradient": {
         "ROWS": (8, 16, 32),

@@ -59,14 +59,19 @@ class Repeat:
             self.function()
 
 
-@pytest.fixture
-def model(small):
+def talkative(small):
+    """What it says depends on the picture, and its texts end at different lengths."""
     torch.manual_seed(0)
-    small["med_config"]["initializer_range"] = 0.3  # so that what is said depends on the picture
+    small["med_config"]["initializer_range"] = 0.3
     model = blip_decoder(tokenizer=TOKENIZER, **small).eval()
     with torch.no_grad():
-        model.text_decoder.cls.predictions.bias[EOS] += 4.0  # so that texts end at different lengths
+        model.text_decoder.cls.predictions.bias[EOS] += 4.0
     return model
+
+
+@pytest.fixture
+def model(small):
+    return talkative(small)
 
 
 def texts(model, how, device="cpu", **more):
@@ -90,6 +95,19 @@ def test_steps_of_all_places_without_the_host_give_the_same_texts(model, how, ba
     Repeat.calls = 0
     assert torch.equal(texts(model, how, batch_size=batch_size), expected)
     assert Repeat.calls
+
+
+@pytest.mark.parametrize("how", WAYS, ids=str)
+@torch.no_grad()
+def test_the_kernels_of_decoding_give_the_same_texts(small, how, triton, monkeypatch):
+    small["med_config"] |= {"hidden_size": 64, "num_attention_heads": 2}  # of a size that they have
+    model = talkative(small)
+    with backends.use("torch"):
+        expected = texts(model, how)
+    monkeypatch.setattr(search, "replays", lambda device: True)
+    monkeypatch.setattr(search, "Replay", Repeat)
+    with backends.use("torch", cached_attention="triton", beam_search="triton"):
+        assert torch.equal(texts(model, how, batch_size=4), expected)
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)

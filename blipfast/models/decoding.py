@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfast.ops.launch import autocast_dtype
+from blipfast.ops.cached_attention import cached_attention
 
 from .few_rows import linear
-from .image_memory import ImageMemory, attend
+from .image_memory import ImageMemory
 from .med import BertLMHeadModel, BertOutput, BertSelfAttention, BertSelfOutput, residual_norm
 from .packing import better_stacked, stacked
 
@@ -34,6 +34,9 @@ class Decoding:
         self.cache = [like.new_zeros(shape) for _ in decoder.bert.encoder.layer]  # keys and values
         self.past = torch.zeros(len(images), beams, slots, dtype=torch.bool, device=like.device)
         self.past[..., :prompt] = True
+        self.slots = (
+            torch.arange(beams, device=like.device) + prompt - prompt * beams
+        )  # at position 0, counted on
         self.weights = self.stack()
 
     def put(self, first: int, images: ImageMemory) -> None:
@@ -48,11 +51,6 @@ class Decoding:
         for state in [*self.images.tensors, self.past, *self.cache]:
             state[to] = state[places]
 
-    def reorder(self, here: slice, parents: Tensor) -> None:
-        """Beams of images go on from their `parents` [n, k]."""
-        past = self.past[here]
-        self.past[here] = past.gather(1, parents[..., None].expand_as(past))
-
     def read_prompt(self, here: slice, prompt: Tensor) -> Tensor:
         """Logits [n, 1, V] after the prompt [P], for images `here`."""
         n, P = here.stop - here.start, len(prompt)
@@ -60,14 +58,13 @@ class Decoding:
         mask = torch.ones(P, P, dtype=torch.bool, device=prompt.device).tril().expand(n, P, P)
         return self.step(here, prompt.expand(n, P), places, places, mask, last_only=True)
 
-    def read_tokens(self, tokens: Tensor, length: Tensor, longest: int) -> Tensor:
+    def read_tokens(self, tokens: Tensor, position: Tensor, longest: int) -> Tensor:
         """Logits [n, k, V] after the newest token [n, k] of each beam of the first n images.
 
-        length [n, 1]: of each image's texts, with that token; `longest` is not less. Nothing is read on the host.
+        position [n, 1]: of that token in each image's texts, below `longest`. Nothing is read on the host.
         """
         n, k = tokens.shape
-        position = length - 1
-        slots = self.prompt + (position - self.prompt) * k + torch.arange(k, device=tokens.device)
+        slots = torch.add(self.slots, position, alpha=k)
         self.past[:n].scatter_(2, slots[..., None], True)
         mask = self.past[:n, :, : text_rows(k, self.prompt, longest)]
         return self.step(slice(0, n), tokens, position.expand(n, k), slots, mask)
@@ -83,20 +80,16 @@ class Decoding:
     ) -> Tensor:
         """Logits after tokens [n, q] of images `here`, whose keys and values go into `slots`.
 
-        mask [n, q, used]: the slots that each token sees.
+        mask [n, q, used]: the slots that each token sees. last_only: logits after the last token alone, [n, 1, V].
         """
         bert = self.decoder.bert
-        rows = torch.arange(here.start, here.stop, device=tokens.device)[:, None]
-        used = mask.shape[-1]
         x = bert.embeddings(tokens, positions)
-        mask = x.new_zeros(mask.shape, dtype=autocast_dtype(x)).masked_fill_(~mask, -torch.inf)[:, None]
         for i, (layer, cache) in enumerate(zip(bert.encoder.layer, self.cache)):
             block = layer.attention
-            query, key_value = self.project(i, block.self, x)
-            cache[rows, slots] = key_value.unflatten(-1, cache.shape[-2:]).to(cache.dtype)
+            qkv = self.project(i, block.self, x)
+            context = cached_attention(qkv.to(cache.dtype), cache[here], slots, mask).flatten(2)
             if last_only and i == len(self.cache) - 1:
-                x, query, mask = x[:, -1:], query[:, -1:], mask[:, :, -1:]
-            context = attend(query, *cache[here, :used].permute(2, 0, 3, 1, 4), mask)
+                x, context = x[:, -1:], context[:, -1:]
             x = close(block.output, context, x)
             block = layer.crossattention
             context = self.images.context(i, block.self, x, here)
@@ -107,12 +100,13 @@ class Decoding:
         x = head.transform.LayerNorm(linear(head.transform.dense, x, gelu=True))
         return linear(head.decoder, x)
 
-    def project(self, i: int, block: BertSelfAttention, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer i's queries [n, q, D], and keys and values [n, q, 2, D], of x [n, q, D]."""
+    def project(self, i: int, block: BertSelfAttention, x: Tensor) -> Tensor:
+        """Layer i's queries, keys and values of x [n, q, D]: [n, q, 3, H, d]."""
         if self.weights is None:
-            return linear(block.query, x), torch.stack((linear(block.key, x), linear(block.value, x)), -2)
-        made = F.linear(x, *self.weights[i]).unflatten(-1, (3, -1))
-        return made[:, :, 0], made[:, :, 1:]
+            made = torch.stack([linear(layer, x) for layer in (block.query, block.key, block.value)], -2)
+        else:
+            made = F.linear(x, *self.weights[i]).unflatten(-1, (3, -1))
+        return made.unflatten(-1, (block.num_attention_heads, -1))
 
     def stack(self) -> list[tuple[Tensor, Tensor]] | None:
         """Each layer's weights of queries, keys and values as one matrix, and their biases: copies. None if no use."""

@@ -11,6 +11,8 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
+from blipfast.ops.beam_search import Beams, beam_step, keep_best
+
 from .decoding import Decoding
 from .image_memory import ImageMemory
 from .replay import Replay, replays
@@ -66,7 +68,7 @@ class Search:
     def start(self, here: slice) -> None:
         """Choose the first token of the images' texts."""
         self.reset(here)
-        self.choose(here, self.decoding.read_prompt(here, self.prompt).float())
+        self.choose(here, self.decoding.read_prompt(here, self.prompt))
 
     def reset(self, here: slice) -> None:
         """Let images begin with the prompt."""
@@ -88,9 +90,9 @@ class Search:
 
     def grow(self, n: int, longest: int) -> None:
         """Add a token to the texts of the first n images, none of which is longer than `longest`."""
-        length = self.length[:n]
-        tokens = self.ids[:n].gather(2, (length - 1)[..., None].expand(n, self.ids.shape[1], 1)).squeeze(2)
-        self.choose(slice(0, n), self.decoding.read_tokens(tokens, length, longest).float())
+        position = self.length[:n] - 1
+        tokens = self.ids[:n].gather(2, position[..., None].expand(n, self.ids.shape[1], 1)).squeeze(2)
+        self.choose(slice(0, n), self.decoding.read_tokens(tokens, position, longest))
 
     def retire(self) -> list[tuple[int, list[list[int]]]]:
         if max(self.lengths) <= self.rules.min_length and max(self.lengths) < self.rules.max_length:
@@ -171,7 +173,7 @@ class Draws(Search):
 
     def choose(self, here: slice, logits: Tensor) -> None:
         rules, k = self.rules, self.ids.shape[1]
-        scores = self.penalise(here, logits.expand(-1, k, -1).contiguous())
+        scores = self.penalise(here, logits.float().expand(-1, k, -1).contiguous())
         if rules.sample:
             draw = self.draws[here].gather(2, self.length[here, :, None].expand(len(scores), k, 1))
             tokens = sample(nucleus(scores, rules.top_p, rules.top_k).softmax(-1), draw)
@@ -210,11 +212,22 @@ class BeamSearch(Search):
 
     def __init__(self, *args):
         super().__init__(*args)
-        C, k = self.ids.shape[:2]
-        self.score = torch.empty(C, k, device=self.ids.device)
-        self.ended_score = torch.empty_like(self.score)  # -inf where none has ended
-        self.ended_ids = torch.empty_like(self.ids)
-        self.ended_length = torch.zeros_like(self.score, dtype=torch.long)
+        C, k, L = self.ids.shape
+        score = torch.empty(C, k, device=self.ids.device)
+        self.beams = Beams(
+            ids=self.ids,
+            length=self.length,
+            score=score,
+            past=self.decoding.past,
+            done=self.done,
+            ended_ids=torch.empty_like(self.ids),
+            ended_length=torch.zeros_like(score, dtype=torch.long),
+            ended_score=torch.empty_like(score),
+        )
+        # transformers 4.15 counts the prompt, later ones the tokens made, the end token too
+        self.generated = self.rules.length_norm == "generated"
+        counted = torch.arange(L + 2, device=score.device) - (len(self.prompt) if self.generated else 0)
+        self.worth = counted.clamp_min(1).float() ** self.rules.length_penalty  # of a text by its tokens
 
     @staticmethod
     def rows(rules) -> int:
@@ -222,74 +235,34 @@ class BeamSearch(Search):
 
     def reset(self, here: slice) -> None:
         super().reset(here)
-        self.ended_score[here].fill_(-torch.inf)
+        self.beams.ended_score[here].fill_(-torch.inf)
 
     def states(self) -> list[Tensor]:
-        return [*super().states(), self.score, self.ended_score, self.ended_ids, self.ended_length]
+        own = ("score", "ended_score", "ended_ids", "ended_length")
+        return [*super().states(), *(getattr(self.beams, name) for name in own)]
 
     def choose(self, here: slice, logits: Tensor) -> None:
-        k, length = self.ids.shape[1], self.length[here]
-        scores = self.penalise(here, logits.log_softmax(-1))
-        n, live, V = scores.shape  # the first step takes all its candidates from one beam
-        if live == k:
-            scores = scores + self.score[here, :, None]
-        best, index = scores.flatten(1).topk(2 * k)
-        beams, tokens = index // V, index % V
-
-        ends = tokens == self.rules.eos_token_id
-        among_best = torch.arange(2 * k, device=scores.device) < k
-        ended = self.normalise(best, length + self.generated)
-        ended = ended.masked_fill(~(ends & among_best) | self.done[here, None], -torch.inf)
-        self.add(here, ended[:, :k], beams[:, :k], length)
-
-        running = (
-            ends.to(torch.int8).sort(dim=1, stable=True).indices[:, :k]
-        )  # those that do not end, best first
-        score = best.gather(1, running)
-        self.finish(here, score[:, :1] if self.generated else best[:, :1], length)
-        parents = beams.gather(1, running)
-        self.score[here] = score
-        self.ids[here] = self.ids[here].gather(1, parents[..., None].expand(-1, -1, self.ids.shape[2]))
-        self.decoding.reorder(here, parents)
-        self.write(here, tokens.gather(1, running))
-
-    @property
-    def generated(self) -> bool:
-        return self.rules.length_norm == "generated"
-
-    def normalise(self, log_prob: Tensor, length: Tensor) -> Tensor:
-        """`length` counts the prompt and not the end token."""
-        counted = length - len(self.prompt) if self.generated else length
-        return log_prob / counted.clamp_min(1) ** self.rules.length_penalty
-
-    def add(self, here: slice | Tensor, score: Tensor, beams: Tensor, length: Tensor) -> None:
-        """Keep the best k of the ended texts and new ones: texts `beams` [n, c] of `length` [n, 1]; -inf is none."""
-        k, L = self.ids.shape[1:]
-        everything = torch.cat([self.ended_score[here], score], 1)
-        self.ended_score[here], order = (
-            x[:, :k] for x in everything.sort(dim=1, descending=True, stable=True)
+        penalised = self.rules.repetition_penalty != 1.0
+        beam_step(
+            self.penalise(here, logits.float().log_softmax(-1)) if penalised else logits,
+            self.beams.at(here),
+            self.worth[int(self.generated) :],
+            eos=self.rules.eos_token_id,
+            min_length=self.rules.min_length,
+            log_probs=penalised,
+            running=self.generated,
         )
-        ids = self.ids[here].gather(1, beams[..., None].expand(-1, -1, L))
-        ids = torch.cat([self.ended_ids[here], ids], 1)
-        self.ended_ids[here] = ids.gather(1, order[..., None].expand(-1, -1, L))
-        lengths = torch.cat([self.ended_length[here], length.expand_as(score)], 1)
-        self.ended_length[here] = lengths.gather(1, order)
-
-    def finish(self, here: slice, bound: Tensor, length: Tensor) -> None:
-        """An image is done when no running beam can beat its worst ended one any more.
-
-        transformers 4.15 compares with the best candidate, ended or not; today's with the best running beam.
-        """
-        attainable = self.normalise(bound, length + self.generated).squeeze(1)
-        worst = self.ended_score[here].amin(1)
-        self.done[here] |= worst.isfinite() & (worst >= attainable)
 
     def texts(self, places: list[int], cut: list[int]) -> list[list[list[int]]]:
         if cut:
             here = self.index(cut)
-            every = torch.arange(self.ids.shape[1], device=here.device).expand(len(cut), -1)
-            self.add(here, self.normalise(self.score[here], self.length[here]), every, self.length[here])
+            beams = self.beams.at(here)
+            every = torch.arange(beams.ids.shape[1], device=here.device).expand(len(cut), -1)
+            keep_best(beams, beams.score / self.worth[beams.length], every, beams.length)
+            for all_of_it, changed in zip(self.beams.tensors(), beams.tensors(), strict=True):
+                all_of_it[here] = changed
         here, best, L = self.index(places), slice(self.rules.num_return), self.rules.max_length
-        found = zip(self.ended_ids[here, best].tolist(), self.ended_length[here, best].tolist(), strict=True)
+        ended_ids, lengths = (x[here, best].tolist() for x in (self.beams.ended_ids, self.beams.ended_length))
+        found = zip(ended_ids, lengths, strict=True)
         texts = [[ids[:length] for ids, length in zip(*each, strict=True)] for each in found]
         return [[ids + [self.rules.eos_token_id] if len(ids) < L else ids for ids in each] for each in texts]
