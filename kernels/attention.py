@@ -258,7 +258,7 @@ def attention(
     precision: str,
     config: Mapping[str, int],
 ) -> tuple[Tensor, Tensor]:
-    """O, contiguous in the shape of q, and L [H, T] fp32. seed: int64 [1] where there is dropout.
+    """O, contiguous in the shape of q, and L [H, T] fp32. seed: int64, one number or more, where there is dropout.
 
     config: BM, BN, num_warps, num_stages. precision: of fp32 dots, "ieee" or "tf32".
     """

@@ -122,7 +122,7 @@ def forward(
     store_z: bool,
     config: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, z, mean, rstd; without `store_z` the last three are empty. seed: int64 [1] on the device if dropout > 0.
+    """y, z, mean, rstd; without `store_z` the last three are empty. seed: int64 on the device, of which one is read.
 
     config: `elements` a tile and `num_warps`.
     """

@@ -8,12 +8,16 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blipfast.models import cast_weights as casting
+from blipfast.models import packing
 from blipfast.models.blip_pretrain import blip_pretrain
 from blipfast.models.cast_weights import cast_weights
+from blipfast.models.packed import all_states, image_states
+from blipfast.models.packing import Ragged
 
 CAPTIONS = ["a dog", "two red apples", "a picture of a house", "cats"]
 
@@ -88,10 +92,60 @@ def test_what_is_frozen_stays_so():
     assert model[0].weight.grad is None and model[2].weight.grad is not None
 
 
+def test_a_stack_is_cast_into_its_places():
+    torch.manual_seed(0)
+    one, two, other = nn.Linear(6, 4), nn.Linear(6, 3), nn.Linear(6, 5)
+    x = torch.randn(5, 6)
+
+    def gradients(*stacks):
+        with torch.autocast("cpu", torch.bfloat16), cast_weights(one, two, other, stacks=stacks) as given:
+            assert other.weight.dtype == torch.bfloat16
+            y = torch.cat([F.linear(x, *given([one, two])), other(x)], 1)
+        return [y, *torch.autograd.grad(y.float().square().sum(), [*one.parameters(), *two.parameters()])]
+
+    for got, want in zip(gradients([one, two]), gradients(), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+    with Casts() as casts:
+        gradients([one, two])
+    assert casts.cats == 1, "the test's own"
+    two.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16), cast_weights(one, two, stacks=[[one, two]]) as given:
+        weight, bias = given([one, two])  # they do not learn alike
+        assert torch.equal(weight[4:], two.weight) and bias.requires_grad
+    assert one.weight.dtype == two.weight.dtype == torch.float32
+
+
+def test_layers_that_zero_cuts_are_called_one_by_one(small, monkeypatch):
+    """Their weights are there only while they are called."""
+    monkeypatch.setattr(packing, "better_stacked", lambda device: True)
+    model, called = blip_pretrain(**small, queue_size=8).text_encoder, []
+    layers = [*model.encoder.layer[0].attention.self.children()][:3]
+    layers += [
+        model.encoder.layer[0].crossattention.self.key,
+        model.encoder.layer[0].crossattention.self.value,
+    ]
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: called.append(1))
+    text = Ragged.of([[5, 6, 7], [8, 9]], "cpu")
+
+    def states():
+        return all_states(
+            model, text, image_states(model.encoder, torch.randn(2, 4, 32, generator=torch.Generator()))
+        )
+
+    want = states()
+    assert not called
+    for layer in layers:
+        layer.weight.ds_id = 0
+    torch.testing.assert_close(states(), want)
+    assert len(called) == 5
+
+
 class Casts(TorchDispatchMode):
-    count = 0
+    count = cats = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.cats += op.overloadpacket.__name__ == "cat"
         self.count += op.overloadpacket.__name__ in ("_to_copy", "_foreach_copy_")
         return op(*args, **(kwargs or {}))
 

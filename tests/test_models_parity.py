@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from blipfast import reference
 from blipfast.models import blip_pretrain as blip_pretrain_module
-from blipfast.models import decoding, generation, momentum, packed, search
+from blipfast.models import generation, momentum, packing, search
 from blipfast.models.blip import blip_decoder, blip_feature_extractor
 from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_nlvr import blip_nlvr
@@ -55,8 +55,7 @@ SIDE = 24
 @pytest.fixture(autouse=True, params=[False, True], ids=["apart", "stacked"])
 def stacked(request, monkeypatch):
     """With weights apart, as on a CPU, and stacked, as on a GPU."""
-    for module in (packed, decoding):
-        monkeypatch.setattr(module, "better_stacked", lambda device: request.param)
+    monkeypatch.setattr(packing, "better_stacked", lambda device: request.param)
 
 
 def scramble(model: nn.Module) -> None:

@@ -41,7 +41,7 @@ def test_views_of_one_projection_give_one_gradient(scale, attention_backend, poi
 def test_packed_texts_attend_to_themselves(lengths, causal, attention_backend, poison_empty):
     T = sum(lengths)
     q, k, v = (random(T, 2, 32, seed=i) for i in range(3))
-    got = attention_varlen(q, k, v, Layout(lengths, device="cpu"), causal=causal)
+    got = attention_varlen((q, k, v), Layout(lengths, device="cpu"), causal=causal)
     check(got, by_text(q, k.split(lengths), v.split(lengths), lengths, causal=causal), (q, k, v))
 
 
@@ -49,7 +49,7 @@ def test_packed_texts_attend_to_themselves(lengths, causal, attention_backend, p
 def test_part_of_a_text_sees_the_keys_up_to_its_place(first, attention_backend, poison_empty):
     queries, keys = [2, 1, 17, 16], [5, 3, 20, 40]
     q, k, v = random(36, 2, 32), random(68, 2, 32, seed=1), random(68, 2, 32, seed=2)
-    got = attention_varlen(q, k, v, Layout(queries, keys, device="cpu"), causal=True, first=first)
+    got = attention_varlen((q, k, v), Layout(queries, keys, device="cpu"), causal=True, first=first)
     want = by_text(q, k.split(keys), v.split(keys), queries, causal=True, first=first)
     check(got, want, (q, k, v))
 
@@ -60,34 +60,34 @@ def test_texts_share_images_in_any_order(N, index, attention_backend, poison_emp
     M = 4 if index else 5
     q, kv = random(sum(LENGTHS), 2, 32), random(M, N, 2, 2, 32, seed=1)
     k, v = kv.unbind(2)
-    got = attention_varlen(q, k, v, Layout(LENGTHS, [N] * M, index, device="cpu"))
+    got = attention_varlen((q, k, v), Layout(LENGTHS, [N] * M, index, device="cpu"))
     check(got, by_text(q, k, v, LENGTHS, index), (q, kv))
     if index:
         assert not gradients(got_again(q, k, v, N, M, index), (kv,))[0][3].any()  # an image nobody reads
 
 
 def got_again(q, k, v, N, M, index):
-    return attention_varlen(q, k, v, Layout(LENGTHS, [N] * M, index, device="cpu"))
+    return attention_varlen((q, k, v), Layout(LENGTHS, [N] * M, index, device="cpu"))
 
 
 @pytest.mark.parametrize("keys", [[9, 40, 1], [0, 6, 16]])
 def test_texts_share_other_texts_even_empty_ones(keys, attention_backend, poison_empty):
     q, k, v = random(sum(LENGTHS), 2, 32), random(sum(keys), 2, 32, seed=1), random(sum(keys), 2, 32, seed=2)
-    got = attention_varlen(q, k, v, Layout(LENGTHS, keys, READS, device="cpu"))
+    got = attention_varlen((q, k, v), Layout(LENGTHS, keys, READS, device="cpu"))
     check(got, by_text(q, k.split(keys), v.split(keys), LENGTHS, READS), (q, k, v))
 
 
 def test_texts_may_read_each_other(attention_backend, poison_empty):
     q, k, v = (random(sum(LENGTHS), 2, 32, seed=i) for i in range(3))
     index = [2, 0, 4, 1, 0]
-    got = attention_varlen(q, k, v, Layout(LENGTHS, LENGTHS, index, device="cpu"))
+    got = attention_varlen((q, k, v), Layout(LENGTHS, LENGTHS, index, device="cpu"))
     check(got, by_text(q, k.split(LENGTHS), v.split(LENGTHS), LENGTHS, index), (q, k, v))
 
 
 def test_a_query_that_sees_nothing_gets_zero_and_gives_none(attention_backend, poison_empty):
     queries, keys = [20, 4], [3, 9]
     q, k, v = random(24, 2, 32), random(12, 2, 32, seed=1), random(12, 2, 32, seed=2)
-    got = attention_varlen(q, k, v, Layout(queries, keys, device="cpu"), causal=True)
+    got = attention_varlen((q, k, v), Layout(queries, keys, device="cpu"), causal=True)
     assert not got[:17].any() and got[17:].all()
     check(got, by_text(q, k.split(keys), v.split(keys), queries, causal=True), (q, k, v))
 
@@ -100,14 +100,14 @@ def test_nothing_in_gives_nothing_out(attention_backend):
         assert not any(g.any() for g in gradients(out, (q, k, v)))
     for layout, S in [(Layout([], device="cpu"), 0), (Layout([0, 0], [3, 0], device="cpu"), 3)]:
         q, k, v = random(0, 2, 32), random(S, 2, 32), random(S, 2, 32)
-        out = attention_varlen(q, k, v, layout)
+        out = attention_varlen((q, k, v), layout)
         assert out.shape == q.shape and not any(g.any() for g in gradients(out, (q, k, v)))
 
 
 def test_more_segments_than_one_search_step_sees(triton, poison_empty):
     lengths = [1, 0, 2] * 43
     q, k, v = (random(129, 1, 32, seed=i) for i in range(3))
-    got = attention_varlen(q, k, v, Layout(lengths, device="cpu"))
+    got = attention_varlen((q, k, v), Layout(lengths, device="cpu"))
     check(got, by_text(q, k.split(lengths), v.split(lengths), lengths), (q, k, v))
 
 
@@ -122,7 +122,7 @@ def test_masks_go_to_pytorch_whatever_serves(attention_backend):
     key_mask, packed = seen[:, 0, 0], random(8, 2, 32)
     images = k.transpose(1, 2), v.transpose(1, 2)
     got = attention_varlen(
-        packed, *images, Layout([3, 4, 1], [60, 60], [1, 0, 1], device="cpu"), key_mask=key_mask
+        (packed, *images), Layout([3, 4, 1], [60, 60], [1, 0, 1], device="cpu"), key_mask=key_mask
     )
     texts = zip(packed.split([3, 4, 1]), [1, 0, 1])
     want = torch.cat(
@@ -146,7 +146,7 @@ def compare_with_plain(dtype, device, H=2, N=37, S=50, d=64):
     plain = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v)
     want = expected(q, k, v)
     dense = attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1)
-    packed = attention_varlen(q, k, v, Layout([N], [S], device=device))
+    packed = attention_varlen((q, k, v), Layout([N], [S], device=device))
     for got in (dense, packed):
         assert got.dtype == dtype
         found = zip((got, *gradients(got, (q, k, v))), (want, *gradients(want, (q, k, v))))
@@ -177,7 +177,7 @@ def test_on_a_gpu_fifty_runs_are_identical(causal, index, dropout, triton):
 
     def run():
         torch.manual_seed(0)
-        out = attention_varlen(q, k, v, layout, causal=causal, dropout=dropout)
+        out = attention_varlen((q, k, v), layout, causal=causal, dropout=dropout)
         return [out, *gradients(out, (q, k, v))]
 
     want = run()
@@ -191,7 +191,7 @@ def test_on_a_gpu_packed_texts_equal_sdpa(triton):
     layout = Layout(lengths, [197] * 3, [0, 2, 1, 1, 0, 2], device="cuda")
     q = random(sum(lengths), 12, 64, dtype=torch.bfloat16, device="cuda")
     k, v = (random(3, 197, 12, 64, seed=i, dtype=torch.bfloat16, device="cuda") for i in (1, 2))
-    got = attention_varlen(q, k, v, layout)
+    got = attention_varlen((q, k, v), layout)
     want = by_text(q, k, v, lengths, [0, 2, 1, 1, 0, 2])
     assert_near(got, want, 0.02)
     for a, b in zip(gradients(got, (q, k, v)), gradients(want, (q, k, v))):

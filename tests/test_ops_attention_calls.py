@@ -18,14 +18,14 @@ def test_operators_say_truly_what_comes_out(triton):
     places = (offsets, None, rows, seed)
     qkv = random(2, 5, 3, 2, 32).detach()
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.attention_forward, (q, *kv.unbind(2), *places, *settings), test_utils=tests)
-    o, lse = ops.attention_forward(q, *kv.unbind(2), *places, *settings)
-    backward = (torch.ones_like(o), q, *kv.unbind(2), o, lse, *places, *settings)
-    torch.library.opcheck(ops.attention_backward, backward, test_utils=tests)
-    o, lse = ops.attention_forward(*qkv.unbind(2), None, None, None, None, 0.2, 0.0, True, -1)
-    torch.library.opcheck(
-        ops.attention_qkv_backward, (torch.ones_like(o), qkv, o, lse, None, 0.2, 0.0), test_utils=tests
-    )
+    dense = (None, None, None, None, 0.2, 0.0, True, -1)
+    texts_read_images = (*places, *settings)
+    for parts, how in (([q, *kv.unbind(2)], texts_read_images), ([q, kv], texts_read_images), ([qkv], dense)):
+        torch.library.opcheck(ops.attention_forward, (parts, *how), test_utils=tests)
+        o, lse = ops.attention_forward(parts, *how)
+        torch.library.opcheck(
+            ops.attention_backward, (parts, torch.ones_like(o), o, lse, *how), test_utils=tests
+        )
 
 
 def test_compiles_as_one_graph(attention_backend):
@@ -33,8 +33,8 @@ def test_compiles_as_one_graph(attention_backend):
 
     def block(qkv, text, kv):
         dense = attention_qkv(qkv)
-        packed = attention_varlen(*text.unbind(1), layout, causal=True)
-        shared = attention_varlen(packed, *kv.unbind(2), images)
+        packed = attention_varlen(text.unbind(1), layout, causal=True)
+        shared = attention_varlen((packed, *kv.unbind(2)), images)
         return dense.sum() + (shared * packed).sum()
 
     tensors = random(2, 5, 3, 2, 32), random(7, 3, 2, 32, seed=1), random(2, 9, 2, 2, 32, seed=2)
@@ -43,6 +43,21 @@ def test_compiles_as_one_graph(attention_backend):
     assert_near(got, want)
     for a, b in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors)):
         assert_near(a, b, 1e-5)
+
+
+def test_what_one_projection_made_may_stay_together(attention_backend):
+    """Results and gradients are those of queries, keys and values apart; a gradient is one tensor."""
+    qkv, kv = random(7, 3, 2, 32), random(2, 9, 2, 2, 32, seed=1)
+    text, images = Layout([3, 4], device="cpu"), Layout([3, 4], [9, 9], [1, 0], device="cpu")
+    q = qkv[:, 0].detach().requires_grad_()
+    for joined, parted, layout in (([qkv], qkv.unbind(1), text), ([q, kv], (q, *kv.unbind(2)), images)):
+        got, want = attention_varlen(joined, layout), attention_varlen(parted, layout)
+        assert torch.equal(got, want)
+        weights = torch.randn_like(got)
+        for a, b in zip(
+            *(torch.autograd.grad((x * weights).sum(), joined) for x in (got, want)), strict=True
+        ):
+            assert torch.equal(a, b) and a.is_contiguous()
 
 
 def test_autocast_casts_what_comes_in():
@@ -69,20 +84,23 @@ def bad_calls():
         ("below 1", lambda: attention(dense, dense, dense, dropout=1.0)),
         ("at least as many keys", lambda: attention(dense, dense[:, :, :4], dense[:, :, :4], causal=True)),
         (r"\[B, N, 3, H, d\]", lambda: attention_qkv(dense)),
-        (r"query must be \[5, H, d\]", lambda: attention_varlen(q[:4], q, q, text)),
-        (r"key must be \[5, 2, 32\]", lambda: attention_varlen(q, q[:4], q[:4], text)),
-        ("as its layout says", lambda: attention_varlen(q, kv[:1], kv[:1], layout)),
-        ("as its layout says", lambda: attention_varlen(q, kv[:, :8], kv[:, :8], layout)),
+        (r"query must be \[5, H, d\]", lambda: attention_varlen((q[:4], q, q), text)),
+        (r"key must be \[5, 2, 32\]", lambda: attention_varlen((q, q[:4], q[:4]), text)),
+        ("as its layout says", lambda: attention_varlen((q, kv[:1], kv[:1]), layout)),
+        ("as its layout says", lambda: attention_varlen((q, kv[:, :8], kv[:, :8]), layout)),
         (
             "its own keys",
-            lambda: attention_varlen(q, kv, kv, Layout([3, 2], [9, 9], [0, 0], device="cpu"), causal=True),
+            lambda: attention_varlen((q, kv, kv), Layout([3, 2], [9, 9], [0, 0], device="cpu"), causal=True),
         ),
-        ("first is the place", lambda: attention_varlen(q, q, q, text, first=0)),
-        ("first is the place", lambda: attention_varlen(q, q, q, text, causal=True, first=-1)),
-        ("key_mask must be bool", lambda: attention_varlen(q, kv, kv, layout, key_mask=torch.ones(2, 9))),
+        ("first is the place", lambda: attention_varlen((q, q, q), text, first=0)),
+        (r"takes q, k, v, or", lambda: attention_varlen((q, kv), layout)),
+        (r"takes q, k, v, or", lambda: attention_varlen((q, q, q, q), text)),
+        (r"takes q, k, v, or", lambda: attention_varlen((kv.unsqueeze(2),), layout)),
+        ("first is the place", lambda: attention_varlen((q, q, q), text, causal=True, first=-1)),
+        ("key_mask must be bool", lambda: attention_varlen((q, kv, kv), layout, key_mask=torch.ones(2, 9))),
         (
             "make it for that device",
-            lambda: attention_varlen(q, kv, kv, Layout([3, 2], [9, 9], device="meta")),
+            lambda: attention_varlen((q, kv, kv), Layout([3, 2], [9, 9], device="meta")),
         ),
         ("by `index`", lambda: Layout([3, 2], [9], device="cpu")),
         ("one of 1 sets", lambda: Layout([3, 2], [9], [0, 1], device="cpu")),

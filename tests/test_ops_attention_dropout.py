@@ -39,7 +39,7 @@ def test_dropout_is_the_same_in_backward_and_whatever_the_tiles(triton, poison_e
     torch.manual_seed(5)
     seed = torch.randint(2**62, (1,))
     torch.manual_seed(5)
-    got = attention_varlen(q, k, v, Layout(lengths, device="cpu"), dropout=p, causal=True)
+    got = attention_varlen((q, k, v), Layout(lengths, device="cpu"), dropout=p, causal=True)
     keep = kernel_mask(seed, 62, 2, 40, p).split(lengths, 1)
     each = zip(q.split(lengths), k.split(lengths), v.split(lengths), keep)
     want = torch.cat([expected(*x, causal=True, keep=m[:, :, : len(x[0])] / (1 - p)) for *x, m in each])
@@ -53,7 +53,7 @@ def test_dropout_drops_as_often_as_asked_and_everywhere_alike(attention_backend)
     v = torch.eye(128).repeat_interleave(2, 0).view(1, S, 2, 128)
     torch.manual_seed(0)
     layout = Layout([T // 2] * 2, [S], [0, 0], device="cpu")
-    out = [attention_varlen(q, k, v, layout, dropout=p) for _ in range(2)]
+    out = [attention_varlen((q, k, v), layout, dropout=p) for _ in range(2)]
     assert sorted(out[0].unique().mul(S).tolist()) == pytest.approx([0.0, 1 / (1 - p)])
     dropped, again = ((x == 0).double() for x in out)
     deviation = (p * (1 - p)) ** 0.5
@@ -76,7 +76,7 @@ def test_checkpointing_gives_the_same_gradients_under_dropout(attention_backend)
     layout = Layout([13, 7], device="cpu")
 
     def run(q, k, v):
-        return attention_varlen(q, k, v, layout, dropout=0.5)
+        return attention_varlen((q, k, v), layout, dropout=0.5)
 
     torch.manual_seed(1)
     want = gradients(run(q, k, v), (q, k, v))

@@ -95,7 +95,7 @@ def _packed(device, name, lengths, index, M, N, H, d, dropout, dtype):
     read, causal = torch.tensor(index, device=device), name.startswith("causal")
 
     def fused(q, k, v):
-        return attention_varlen(q, k, v, layout, causal=causal, dropout=dropout)
+        return attention_varlen((q, k, v), layout, causal=causal, dropout=dropout)
 
     def padded(attend, q, k, v):
         q = alone.queries.lay_out(q)

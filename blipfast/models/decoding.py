@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from blipfast.ops.cached_attention import cached_attention
 
 from .few_rows import linear
 from .image_memory import ImageMemory
 from .med import BertLMHeadModel, BertOutput, BertSelfAttention, BertSelfOutput, residual_norm
-from .packing import better_stacked, stacked
+from .packing import stackable, stacked
 
 
 class Decoding:
@@ -110,12 +110,9 @@ class Decoding:
 
     def stack(self) -> list[tuple[Tensor, Tensor]] | None:
         """Each layer's weights of queries, keys and values as one matrix, and their biases: copies. None if no use."""
-        device = self.past.device
-        if not better_stacked(device) or torch.is_autocast_enabled(device.type):
-            return None
         blocks = [layer.attention.self for layer in self.decoder.bert.encoder.layer]
         layers = [(block.query, block.key, block.value) for block in blocks]
-        if any(type(layer) is not nn.Linear for three in layers for layer in three):
+        if torch.is_autocast_enabled(self.past.device.type) or not all(map(stackable, layers)):
             return None
         return [stacked(three) for three in layers]
 

@@ -16,22 +16,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from blipfast.backends import recompute_contexts
-from blipfast.ops.attention import Layout, attention, attention_varlen
+from blipfast.ops.attention import Layout, apart, attention, attention_varlen
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
+from blipfast.ops.seeds import drawn_together
 
-from .cast_weights import cast_weights
-from .med import BertEncoder, BertLMHeadModel, BertModel, BertSelfAttention, KeyValue
-from .packing import Ragged, Rows, better_stacked, cross_attention, in_blocks, reads, stacked
+from .cast_weights import Stacked, cast_weights
+from .med import BertEncoder, BertLMHeadModel, BertModel, BertSelfAttention
+from .packing import Ragged, Rows, cross_attention, in_blocks, reads, stackable, stacked
 
 
 @dataclass
 class ImageStates:
-    """What cross-attention reads: every layer's keys and values, each [M, N, H, d], of M images of N tokens.
+    """What cross-attention reads: every layer's keys and values, of M images of N tokens.
 
+    layers: (keys, values), each [M, N, H, d], or (both,) in one tensor [M, N, 2, H, d]; see `ops.attention.apart`.
     mask: bool [M, N], True where a token counts; None: all do.
     """
 
-    layers: Sequence[KeyValue]
+    layers: Sequence[tuple[Tensor, ...]]
     mask: Tensor | None = None
 
     def __len__(self) -> int:
@@ -58,17 +60,18 @@ def image_states(
     return ImageStates(project(blocks, image_embeds), mask)
 
 
-def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[KeyValue]:
-    """Keys and values for each of the cross-attentions `blocks`; on a GPU by one matrix product."""
+def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[tuple[Tensor, ...]]:
+    """`ImageStates.layers` for each of the cross-attentions `blocks`; on a GPU by one matrix product."""
     layers = [layer for block in blocks for layer in (block.key, block.value)]
     heads = blocks[0].num_attention_heads
-    if not better_stacked(image_embeds.device):
+    if not stackable(layers):
         every = [layer(image_embeds).unflatten(-1, (heads, -1)) for layer in layers]
-    else:
-        with cast_weights(*layers):
-            weight, bias = stacked(layers)
-        every = F.linear(image_embeds, weight, bias).unflatten(-1, (len(layers), heads, -1)).unbind(2)
-    return list(zip(every[::2], every[1::2]))
+        return list(zip(every[::2], every[1::2]))
+    with cast_weights(stacks=[layers]) as stacked:
+        weight, bias = stacked(layers)
+    every = F.linear(image_embeds, weight, bias).unflatten(-1, (len(blocks), 2, heads, -1))
+    # the gradient of `unbind` is a copy
+    return [(x,) for x in (every.unbind(2) if len(blocks) > 1 else [every.squeeze(2)])]
 
 
 class KeysWhenRead(Sequence):
@@ -80,12 +83,12 @@ class KeysWhenRead(Sequence):
 
     def __init__(self, blocks: list[BertSelfAttention], image_embeds: Tensor):
         self.blocks, self.image_embeds = blocks, image_embeds
-        self.made: dict[int, KeyValue] = {}
+        self.made: dict[int, tuple[Tensor, ...]] = {}
 
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def __getitem__(self, i: int) -> KeyValue:
+    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
         if i not in self.made:
             (self.made[i],) = project([self.blocks[i]], self.image_embeds)
         return self.made[i]
@@ -120,29 +123,32 @@ class Part:
             self.last, self.rows = self.text.rows.part(*self.kept)
             self.last_layout = Layout(self.last.lengths, self.text.rows.lengths, device=self.text.rows.device)
 
-    def attend(self, i: int, states: Tensor, final: bool) -> Tensor:
+    def stack(self, i: int, final: bool) -> list[nn.Linear] | None:
+        """Layer i's projections, if `attend` makes queries, keys and values by one matrix product."""
+        inner = self.model.encoder.layer[i].attention.self
+        layers = [inner.query, inner.key, inner.value]
+        return layers if stackable(layers) and not (final and self.rows is not None) else None
+
+    def attend(self, i: int, states: Tensor, final: bool, stacked: Stacked = stacked) -> Tensor:
         """Layer i's self-attention block over this part's states; of the final layer only the rows that are read."""
         block, partial = self.model.encoder.layer[i].attention, final and self.rows is not None
         if i == 0 and self.text.begun is not None:
             return self.text.begun[self.rows] if partial else self.text.begun
         kept = states[self.rows] if partial else states
-        inner = block.self
-        layers, heads = (inner.query, inner.key, inner.value), inner.num_attention_heads
-        plain = all(type(layer) is nn.Linear for layer in layers)
-        if plain and not partial and better_stacked(states.device):
-            query, key, value = F.linear(states, *stacked(layers)).unflatten(-1, (3, heads, -1)).unbind(1)
+        inner, stack = block.self, self.stack(i, final)
+        heads = inner.num_attention_heads
+        if stack:
+            parts = [F.linear(states, *stacked(stack)).unflatten(-1, (3, heads, -1))]
         else:
-            made = (in_blocks(layer, x) for layer, x in zip(layers, (kept, states, states)))
-            query, key, value = (x.unflatten(-1, (heads, -1)) for x in made)
+            layers = (inner.query, kept), (inner.key, states), (inner.value, states)
+            parts = [in_blocks(layer, x).unflatten(-1, (heads, -1)) for layer, x in layers]
         dropout = inner.dropout.p if inner.training else 0.0
         if self.sees is None:
             layout = self.last_layout if final else self.layout
             first = self.kept[0] if partial and self.causal else None
-            context = attention_varlen(
-                query, key, value, layout, causal=self.causal, first=first, dropout=dropout
-            )
+            context = attention_varlen(parts, layout, causal=self.causal, first=first, dropout=dropout)
         else:
-            table = (self.text.rows.lay_out(x).transpose(1, 2) for x in (query, key, value))
+            table = (self.text.rows.lay_out(x).transpose(1, 2) for x in apart(parts))
             context = attention(*table, self.sees[:, None], dropout).transpose(1, 2)
             context = self.layout.queries.take_back(context)
         return in_blocks(block.output, context.flatten(1), kept)
@@ -170,13 +176,15 @@ def run(
     recompute = model.encoder.config.gradient_checkpointing and model.training and torch.is_grad_enabled()
     for i, layer in enumerate(model.encoder.layer):
         final = i == depth - 1
-        looked_at = [(*each.layers[i], each.mask) for each in images]  # not in `step`, which may be run twice
+        looked_at = [(each.layers[i], each.mask) for each in images]  # not in `step`, which may be run twice
 
         def step(*states: Tensor, i=i, layer=layer, final=final, looked_at=looked_at) -> tuple[Tensor, ...]:
             own = [part.model.encoder.layer[i].attention for part in parts]
             shared = looking(layer.crossattention) if looked_at else []
-            with cast_weights(*own, *shared, layer.intermediate, layer.output):
-                attended = [part.attend(i, x, final) for part, x in zip(parts, states)]
+            stacks = [stack for part in parts if (stack := part.stack(i, final))]
+            modules = (*own, *shared, layer.intermediate, layer.output)
+            with drawn_together(), cast_weights(*modules, stacks=stacks) as stacked:
+                attended = [part.attend(i, x, final, stacked) for part, x in zip(parts, states)]
                 sizes = [len(x) for x in attended]
                 x = torch.cat(attended) if len(parts) > 1 else attended[0]
                 if looked_at:
@@ -226,13 +234,13 @@ def looking(block: nn.Module) -> list[nn.Module]:
 
 
 def attend_images(block, states: Tensor, images: list[tuple], layout: Layout) -> Tensor:
-    """A layer's cross-attention block over packed states [T, D]; images: keys, values and mask of one or of two."""
+    """A layer's cross-attention block over packed states [T, D]; images: (keys and values, mask) of one or of two."""
     contexts = []
-    for inner, (key, value, mask) in zip(inners(block), images, strict=True):
+    for inner, (key_value, mask) in zip(inners(block), images, strict=True):
         dropout = inner.dropout.p if inner.training else 0.0
         keep = inner.keep if inner.save_attention else None
         query = in_blocks(inner.query, states)
-        contexts.append(cross_attention(query, key, value, layout, mask, dropout, keep))
+        contexts.append(cross_attention(query, key_value, layout, mask, dropout, keep))
     if len(contexts) == 2:
         return block.output(contexts, states)
     return in_blocks(block.output, contexts[0], states)

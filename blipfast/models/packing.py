@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfast.ops.attention import Layout, attention_varlen
+from blipfast.ops.attention import Layout, apart, attention_varlen
 
 BLOCK = 64  # see `in_blocks`
 
@@ -103,6 +103,12 @@ def better_stacked(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def stackable(layers: Sequence[nn.Module]) -> bool:
+    """Whether to stack them, here: plain linear layers, on a GPU, whose weights are whole (ZeRO-3 cuts them)."""
+    plain = all(type(layer) is nn.Linear and not hasattr(layer.weight, "ds_id") for layer in layers)
+    return plain and better_stacked(layers[0].weight.device)
+
+
 def stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
     """Weight and bias of one linear layer whose outputs are those of `layers` side by side."""
     return tuple(torch.cat([getattr(layer, kind) for layer in layers]) for kind in ("weight", "bias"))
@@ -134,20 +140,21 @@ def reads(lengths: Sequence[int], image: Sequence[int], images: int, tokens: int
 
 def cross_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key_value: Sequence[Tensor],
     layout: Layout,
     mask: Tensor | None,
     dropout: float,
     keep: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Attention of packed tokens [T, D] to the image that each reads: keys and values [M, N, H, d] -> [T, D].
+    """Attention of packed tokens [T, D] to the image that each reads: keys and values [M, N, H, d], or both in one
+    tensor [M, N, 2, H, d], -> [T, D].
 
     mask: bool [M, N], the image tokens that count. keep: is given the attention map [M, H, tokens of the image, N].
     """
-    query = query.unflatten(-1, key.shape[2:])
+    parts = (query.unflatten(-1, key_value[0].shape[-2:]), *key_value)
     if keep is None:
-        return attention_varlen(query, key, value, layout, key_mask=mask, dropout=dropout).flatten(1)
+        return attention_varlen(parts, layout, key_mask=mask, dropout=dropout).flatten(1)
+    query, key, value = apart(parts)
     laid_out, key, value = (x.transpose(1, 2) for x in (layout.queries.lay_out(query), key, value))
     scores = laid_out @ key.transpose(-2, -1) / key.shape[-1] ** 0.5
     if mask is not None:

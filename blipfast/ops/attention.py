@@ -9,6 +9,8 @@ not have, masks and `first`, goes to "sdpa".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,9 @@ from .attention_layout import Layout
 from .checks import check_dtype, check_probability, check_same_device, check_same_dtype, check_same_shape
 from .launch import autocast_dtype, input_precision, no_autocast, tuned
 from .library import register
+from .seeds import draw_seed
 
-__all__ = ["Layout", "attention", "attention_qkv", "attention_varlen"]
+__all__ = ["Layout", "apart", "attention", "attention_qkv", "attention_varlen"]
 
 OP = "attention"
 HEAD_SIZES = (32, 64, 128)  # that the kernels have
@@ -90,9 +93,8 @@ def attention(
     if name not in _PYTORCH and mask is not None:
         name = "sdpa"
     if name == "triton":
-        out = _Attention.apply(
-            *_laid_out(q, k, v), None, None, None, _seed(q, dropout), scale, dropout, causal, -1
-        )
+        settings = (draw_seed(q) if dropout else None, scale, dropout, causal, -1)
+        out = _Attention.apply(None, None, None, *settings, *_laid_out((q, k, v)))
     elif name in _DENSE:
         out = _DENSE[name](q, k, v, causal, dropout, scale)
     else:
@@ -114,14 +116,29 @@ def attention_qkv(qkv: Tensor, dropout: float = 0.0, scale: float | None = None)
         out = attention(*(x.transpose(1, 2) for x in (q, k, v)), dropout=dropout, scale=scale)
         return out.transpose(1, 2)
     scale = _check(q, k, v, dropout, scale)
-    _check_head_size(q)
-    return _AttentionQKV.apply(qkv.contiguous(), _seed(q, dropout), scale, dropout)
+    settings = (draw_seed(q) if dropout else None, scale, dropout, False, -1)
+    return _Attention.apply(None, None, None, *settings, *_laid_out((qkv,)))
+
+
+def apart(parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, of which the last two or all may come as one tensor: (q, k, v), (q, kv) or (qkv,).
+
+    In one tensor they lie side by side, [..., 2 or 3, H, d], as one projection makes them; their gradient then is one
+    tensor, too. Raises ValueError for other shapes.
+    """
+    if len(parts) == 3:
+        return tuple(parts)
+    *alone, joined = parts
+    if len(alone) > 1 or joined.ndim < 4 or joined.shape[-3] != 3 - len(alone):
+        shapes = [list(x.shape) for x in parts]
+        raise ValueError(
+            f"{OP}: takes q, k, v, or q and kv [..., 2, H, d], or qkv [..., 3, H, d]; got {shapes}"
+        )
+    return *alone, *joined.unbind(-3)
 
 
 def attention_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    parts: Sequence[Tensor],
     layout: Layout,
     *,
     causal: bool = False,
@@ -130,16 +147,18 @@ def attention_varlen(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of packed texts, query [T, H, d] -> [T, H, d], to the keys that `layout` says each text reads.
+    """Attention of packed texts, queries [T, H, d] -> [T, H, d], to the keys that `layout` says each text reads.
 
-    key, value: packed [S, H, d] (the texts themselves; other texts), or dense [M, N, H, d] (images). Keys that many
-    texts read are never copied; their gradients are summed over the texts, by the kernel in a fixed order.
+    parts: queries, keys and values, see `apart`. Keys and values: packed [S, H, d] (the texts themselves; other texts),
+    or dense [M, N, H, d] (images). Keys that many texts read are never copied; their gradients are summed over the
+    texts, by the kernel in a fixed order.
     causal: a text's query i sees its keys up to `first` + i; None: so that its last query sees its last key. A query
     that sees no key gets 0. key_mask: bool [M, N], which dense keys count, at least one of each image; PyTorch
     serves it. Otherwise as `attention`.
     Served by: triton (CUDA, half precision, d 32, 64 or 128), sdpa, torch; flash_attn, xformers if asked for.
     """
-    query, key, value = _cast(query, key, value)
+    parts = _cast(*parts)
+    query, key, value = apart(parts)
     scale = _check(query, key, value, dropout, scale)
     _check_layout(query, key, layout, causal, first, key_mask)
     name = backends.choose(OP, query)
@@ -149,8 +168,8 @@ def attention_varlen(
         k_offsets = layout.key_offsets if key.ndim == 3 else None
         places = (layout.query_offsets, k_offsets, layout.rows)
         start = -1 if first is None else first
-        seed = _seed(query, dropout)
-        return _Attention.apply(*_laid_out(query, key, value), *places, seed, scale, dropout, causal, start)
+        settings = (draw_seed(query) if dropout else None, scale, dropout, causal, start)
+        return _Attention.apply(*places, *settings, *_laid_out(parts))
     if name in _PACKED:
         return _PACKED[name](query, key, value, layout, causal, dropout, scale)
     with no_autocast(query):
@@ -213,50 +232,32 @@ def _check_head_size(q: Tensor) -> None:
         )
 
 
-def _seed(q: Tensor, dropout: float) -> Tensor | None:
-    """On the device: no waiting, and gradient checkpointing draws the same again."""
-    return torch.randint(2**62, (1,), device=q.device) if dropout else None
-
-
-def _laid_out(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _laid_out(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """As the kernels take them: rows of heads contiguous, keys and values with the same strides."""
-    _check_head_size(q)
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    if k.stride(-1) != 1 or k.stride() != v.stride():
-        k, v = k.contiguous(), v.contiguous()
-    return q, k, v
+    _check_head_size(parts[0])
+    parts = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in parts)
+    if len(parts) == 3 and parts[1].stride() != parts[2].stride():
+        parts = (parts[0], *(x.contiguous() for x in parts[1:]))
+    return parts
 
 
 class _Attention(torch.autograd.Function):
-    """q [B, N, H, d] or [T, H, d], and what follows it, as blipfast.kernels.attention takes them."""
+    """parts: q [B, N, H, d] or [T, H, d], k and v; or some of them in one tensor."""
 
     @staticmethod
-    def forward(ctx, q, k, v, q_offsets, k_offsets, rows, seed, scale, dropout, causal, first):
+    def forward(ctx, q_offsets, k_offsets, rows, seed, scale, dropout, causal, first, *parts):
         settings = (scale, dropout, causal, first)
-        o, lse = _forward(q, k, v, q_offsets, k_offsets, rows, seed, *settings)
-        ctx.save_for_backward(q, k, v, o, lse, q_offsets, k_offsets, rows, seed)
+        o, lse = _forward(parts, q_offsets, k_offsets, rows, seed, *settings)
+        ctx.save_for_backward(o, lse, q_offsets, k_offsets, rows, seed, *parts)
         ctx.settings = settings
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        return *_backward(do, *ctx.saved_tensors, *ctx.settings), *(None,) * 8
-
-
-class _AttentionQKV(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, seed, scale, dropout):
-        o, lse = _forward(*qkv.unbind(2), None, None, None, seed, scale, dropout, False, -1)
-        ctx.save_for_backward(qkv, o, lse, seed)
-        ctx.settings = (scale, dropout)
-        return o
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, do):
-        return _backward_qkv(do, *ctx.saved_tensors, *ctx.settings), None, None, None
+        o, lse, q_offsets, k_offsets, rows, seed, *parts = ctx.saved_tensors
+        grads = _backward(parts, do, o, lse, q_offsets, k_offsets, rows, seed, *ctx.settings)
+        return *(None,) * 8, *grads
 
 
 def _tiles(kernel: str, q: Tensor, segments, dropout: float):
@@ -271,70 +272,48 @@ def _tiles(kernel: str, q: Tensor, segments, dropout: float):
     return tuned(OP, f"{kernel} D={segments.D} {kind}", q, _INTERPRETED)
 
 
-def _forward_kernel(q, k, v, q_offsets, k_offsets, rows, seed, scale, dropout, causal, first):
+def _forward_kernel(parts, q_offsets, k_offsets, rows, seed, scale, dropout, causal, first):
     from ..kernels import attention as kernel
 
+    q, k, v = apart(parts)
     segments = kernel.Segments(q, k, q_offsets, k_offsets, rows)
     tiles = _tiles("forward", q, segments, dropout)
     return kernel.attention(q, k, v, segments, seed, scale, dropout, causal, first, input_precision(), tiles)
 
 
-def _forward_fake(q, k, v, q_offsets, k_offsets, rows, seed, scale, dropout, causal, first):
-    T = q.shape[0] if q.ndim == 3 else q.shape[0] * q.shape[1]
-    return q.new_empty(q.shape), q.new_empty((q.shape[-2], T), dtype=torch.float32)
+def _forward_fake(parts, q_offsets, k_offsets, rows, seed, scale, dropout, causal, first):
+    q = apart(parts)[0]
+    return q.new_empty(q.shape), q.new_empty((q.shape[-2], q.shape[:-2].numel()), dtype=torch.float32)
 
 
-def _run_backward(
-    grads, do, q, k, v, o, lse, q_offsets, k_offsets, rows, seed, scale, dropout, causal, first
-):
+def _backward_kernel(parts, do, o, lse, q_offsets, k_offsets, rows, seed, scale, dropout, causal, first):
     from ..kernels import attention as kernel
     from ..kernels import attention_bwd
 
+    grads = _backward_fake(parts)
+    q, k, v = apart(parts)
     segments = kernel.Segments(q, k, q_offsets, k_offsets, rows)
     tiles = [_tiles(name, q, segments, dropout) for name in ("dq", "dkv")]
     settings = (scale, dropout, causal, first, input_precision())
     attention_bwd.attention_backward(
-        do.contiguous(), q, k, v, o, lse, *grads, segments, seed, *settings, *tiles
+        do.contiguous(), q, k, v, o, lse, *apart(grads), segments, seed, *settings, *tiles
     )
-
-
-def _backward_kernel(do, q, k, v, *rest):
-    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    _run_backward(grads, do, q, k, v, *rest)
     return grads
 
 
-def _backward_fake(do, q, k, v, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _backward_qkv_kernel(do, qkv, o, lse, seed, scale, dropout):
-    grad = qkv.new_empty(qkv.shape)
-    none = (None, None, None)
-    _run_backward(grad.unbind(2), do, *qkv.unbind(2), o, lse, *none, seed, scale, dropout, False, -1)
-    return grad
-
-
-def _backward_qkv_fake(do, qkv, o, lse, seed, scale, dropout):
-    return qkv.new_empty(qkv.shape)
+def _backward_fake(parts, *rest):
+    return [x.new_empty(x.shape) for x in parts]
 
 
 _places = "Tensor? q_offsets, Tensor? k_offsets, Tensor? rows, Tensor? seed, "
 _settings = "float scale, float dropout, bool causal, int first"
 _forward = register(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, {_places}{_settings}) -> (Tensor, Tensor)",
+    f"attention_forward(Tensor[] parts, {_places}{_settings}) -> (Tensor, Tensor)",
     _forward_kernel,
     _forward_fake,
 )
 _backward = register(
-    f"attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_places}{_settings})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor[] parts, Tensor do, Tensor o, Tensor lse, {_places}{_settings}) -> Tensor[]",
     _backward_kernel,
     _backward_fake,
-)
-_backward_qkv = register(
-    "attention_qkv_backward(Tensor do, Tensor qkv, Tensor o, Tensor lse, Tensor? seed, float scale, float dropout)"
-    " -> Tensor",
-    _backward_qkv_kernel,
-    _backward_qkv_fake,
 )

@@ -15,6 +15,7 @@ from .. import backends
 from .checks import check_dtype, check_probability, check_same_device, check_same_shape, check_shape
 from .launch import autocast_dtype, multiprocessors, tuned
 from .library import register
+from .seeds import draw_seed
 
 OP = "layer_norm"
 KERNEL_WIDTH = 4096  # the widest row that a kernel takes
@@ -62,8 +63,7 @@ def _run(x, residual, weight, bias, dropout, eps, y_dtype, keep_sum=False) -> tu
         return _torch(x, residual, weight, bias, dropout, eps, y_dtype)
     rows = [tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (x, residual)]
     weight, bias = weight.contiguous(), bias.contiguous()
-    # On the device: no synchronisation, right under CUDA graphs, and restored by gradient checkpointing.
-    seed = torch.randint(2**62, (1,), device=x.device) if dropout > 0 else None
+    seed = draw_seed(x) if dropout > 0 else None
     wants_gradient = any(tensor.requires_grad for tensor in (x, residual, weight, bias))
     if torch.is_grad_enabled() and wants_gradient:
         y, z = _AddLayerNorm.apply(*rows, weight, bias, seed, dropout, eps, y_dtype)

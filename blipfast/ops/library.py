@@ -31,13 +31,14 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
 
 
 def on_its_gpu(launch: Callable) -> Callable:
-    """Triton launches on the current GPU; this makes it the one that the first argument is on."""
+    """Triton launches on the current GPU; this makes it the one that the first argument is on, a tensor or several."""
 
     @functools.wraps(launch)
-    def launcher(first: Tensor, *rest, **more):
-        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+    def launcher(first: Tensor | list[Tensor], *rest, **more):
+        device = (first if isinstance(first, Tensor) else first[0]).device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(first, *rest, **more)
-        with torch.cuda.device(first.device):
+        with torch.cuda.device(device):
             return launch(first, *rest, **more)
 
     return launcher
