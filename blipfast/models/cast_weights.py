@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ Stacked = Callable[[Sequence[nn.Linear]], tuple[Tensor, Tensor]]  # as `packing.
 
 
 @contextlib.contextmanager
-def cast_weights(*modules: nn.Module, stacks: Sequence[Sequence[nn.Linear]] = ()) -> Iterator[Stacked]:
+def cast_weights(*modules: nn.Module, stacks: Iterable[Sequence[nn.Linear]] = ()) -> Iterator[Stacked]:
     """Within, the fp32 linear layers of `modules` hold weights that were cast together; gradients reach their own.
 
     stacks: layers that are used as one only; what this yields gives their weight and bias as `packing.stacked` does,
@@ -32,46 +32,57 @@ def cast_weights(*modules: nn.Module, stacks: Sequence[Sequence[nn.Linear]] = ()
     """
     as_one = [tuple(stack) for stack in stacks if _alike(stack)]
     used = set(itertools.chain(*as_one))
-    linear = (layer for module in modules for layer in module.modules() if type(layer) is nn.Linear)
-    alone = [(layer,) for layer in linear if layer not in used]
-    groups = [(layers, name) for layers in [*alone, *as_one] for name in NAMES if _fits(layers[0], name)]
-    dtype = autocast_dtype(groups[0][0][0].weight) if groups and not torch.compiler.is_compiling() else None
+    layers = [*((layer,) for layer in _linear(modules) if layer not in used), *as_one]
+    groups = [(each, name) for each in layers for name in NAMES if _fits(each[0]._parameters[name])]
+    dtype = None
+    if groups and not torch.compiler.is_compiling():
+        dtype = autocast_dtype(groups[0][0][0]._parameters[groups[0][1]])
     if dtype is None:
         yield stacked
         return
-    held = [(layers[0], name, getattr(layers[0], name)) for layers, name in groups if len(layers) == 1]
-    cast: dict[tuple[nn.Linear, str], Tensor] = {}
+    weights = [[layer._parameters[name] for layer in each] for each, name in groups]
+    cast: list[Tensor | None] = [None] * len(groups)
     # apart, because what a function gives out wants gradients if one of its inputs does
-    for learned in (True, False):
-        own = [(layers, name) for layers, name in groups if getattr(layers[0], name).requires_grad == learned]
-        weights = [getattr(layer, name) for layers, name in own for layer in layers]
-        counts = [len(layers) for layers, _ in own]
-        results = (
-            _Cast.apply(dtype, counts, *weights) if learned and weights else _joined(weights, counts, dtype)
-        )
-        cast |= {(layers[0], name): result for (layers, name), result in zip(own, results, strict=True)}
+    for learned in {own[0].requires_grad for own in weights}:
+        places = [i for i, own in enumerate(weights) if own[0].requires_grad == learned]
+        counts = [len(weights[i]) for i in places]
+        every = [weight for i in places for weight in weights[i]]
+        results = _Cast.apply(dtype, counts, *every) if learned else _joined(every, counts, dtype)
+        for i, result in zip(places, results):
+            cast[i] = result
+    of_stack = {(each, name): result for (each, name), result in zip(groups, cast) if len(each) > 1}
 
     def given(stack: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
-        return tuple(cast[stack[0], name] for name in NAMES) if tuple(stack) in as_one else stacked(stack)
+        stack = tuple(stack)
+        return tuple(of_stack[stack, name] for name in NAMES) if stack in as_one else stacked(stack)
 
+    alone = [(each[0]._parameters, name) for each, name in groups if len(each) == 1]
     try:
-        for layer, name, _ in held:
-            layer._parameters[name] = cast[layer, name]
+        for (parameters, name), weight in zip(alone, cast):
+            parameters[name] = weight
         yield given
     finally:
-        for layer, name, weight in held:
-            layer._parameters[name] = weight
+        for (parameters, name), (weight, *_) in zip(alone, weights):
+            parameters[name] = weight
 
 
-def _fits(layer: nn.Linear, name: str) -> bool:
-    weight = getattr(layer, name)
+def _linear(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
+    """The plain linear layers in modules; `Module.modules` takes five times as long."""
+    for module in modules:
+        if type(module) is nn.Linear:
+            yield module
+        elif module._modules:
+            yield from _linear(module._modules.values())
+
+
+def _fits(weight: Tensor | None) -> bool:
     return weight is not None and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
 
 
 def _alike(stack: Sequence[nn.Linear]) -> bool:
     """Whether all of a stack's weights can be cast, and all or none of them learn."""
-    every = [(layer, name) for layer in stack for name in NAMES]
-    return all(_fits(*one) for one in every) and len({getattr(*one).requires_grad for one in every}) == 1
+    every = [layer._parameters[name] for layer in stack for name in NAMES]
+    return all(map(_fits, every)) and len({weight.requires_grad for weight in every}) == 1
 
 
 class _Cast(torch.autograd.Function):
@@ -80,34 +91,34 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dtype: torch.dtype, counts: list[int], *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.rows = [len(weight) for weight in weights]
-        ctx.counts = counts
+        ctx.rows, ctx.counts = [weight.shape[0] for weight in weights], counts
         return _joined(weights, counts, dtype)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):
-        rows = iter(ctx.rows)
         parts: list[Tensor | None] = []
         for gradient, count in zip(gradients, ctx.counts, strict=True):
-            sizes = list(itertools.islice(rows, count))
-            parts += [None] * count if gradient is None else gradient.split(sizes)
-        found = iter(_copies([x for x in parts if x is not None], torch.float32))
+            if count == 1 or gradient is None:
+                parts += [gradient] * count
+            else:
+                parts += gradient.split_with_sizes(ctx.rows[len(parts) : len(parts) + count])
+        given = [x for x in parts if x is not None]
+        found = iter(_joined(given, [1] * len(given), torch.float32))
         return None, None, *(None if x is None else next(found) for x in parts)
 
 
 def _joined(weights: Sequence[Tensor], counts: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Copies of weights, the first counts[0] of them stacked, and so on."""
-    weights, results, places = list(weights), [], []
-    start = 0
+    results, places = [], []
     for count in counts:
-        rows = [len(weight) for weight in weights[start : start + count]]
-        results.append(weights[start].new_empty((sum(rows), *weights[start].shape[1:]), dtype=dtype))
-        places += results[-1].split(rows) if count > 1 else results[-1:]
-        start += count
-    if weights:
-        torch._foreach_copy_(places, weights)
+        first = weights[len(places)]
+        if count == 1:
+            results.append(torch.empty_like(first, dtype=dtype))
+            places.append(results[-1])
+        else:
+            rows = [weight.shape[0] for weight in weights[len(places) : len(places) + count]]
+            results.append(first.new_empty((sum(rows), *first.shape[1:]), dtype=dtype))
+            places += results[-1].split_with_sizes(rows)
+    if places:
+        torch._foreach_copy_(places, list(weights))
     return tuple(results)
-
-
-def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return _joined(tensors, [1] * len(tensors), dtype)

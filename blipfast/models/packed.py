@@ -20,7 +20,7 @@ from blipfast.ops.attention import Layout, apart, attention, attention_varlen
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 from blipfast.ops.seeds import drawn_together
 
-from .cast_weights import Stacked, cast_weights
+from .cast_weights import cast_weights
 from .med import BertEncoder, BertLMHeadModel, BertModel, BertSelfAttention
 from .packing import Ragged, Rows, cross_attention, in_blocks, reads, stackable, stacked
 
@@ -124,21 +124,24 @@ class Part:
             self.last_layout = Layout(self.last.lengths, self.text.rows.lengths, device=self.text.rows.device)
 
     def stack(self, i: int, final: bool) -> list[nn.Linear] | None:
-        """Layer i's projections, if `attend` makes queries, keys and values by one matrix product."""
+        """Layer i's projections, if queries, keys and values are made by one matrix product."""
         inner = self.model.encoder.layer[i].attention.self
         layers = [inner.query, inner.key, inner.value]
         return layers if stackable(layers) and not (final and self.rows is not None) else None
 
-    def attend(self, i: int, states: Tensor, final: bool, stacked: Stacked = stacked) -> Tensor:
-        """Layer i's self-attention block over this part's states; of the final layer only the rows that are read."""
+    def attend(self, i: int, states: Tensor, final: bool, joined: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Layer i's self-attention block over this part's states; of the final layer only the rows that are read.
+
+        joined: weight and bias of what `stack` names.
+        """
         block, partial = self.model.encoder.layer[i].attention, final and self.rows is not None
         if i == 0 and self.text.begun is not None:
             return self.text.begun[self.rows] if partial else self.text.begun
         kept = states[self.rows] if partial else states
-        inner, stack = block.self, self.stack(i, final)
+        inner = block.self
         heads = inner.num_attention_heads
-        if stack:
-            parts = [F.linear(states, *stacked(stack)).unflatten(-1, (3, heads, -1))]
+        if joined:
+            parts = [F.linear(states, *joined).unflatten(-1, (3, heads, -1))]
         else:
             layers = (inner.query, kept), (inner.key, states), (inner.value, states)
             parts = [in_blocks(layer, x).unflatten(-1, (heads, -1)) for layer, x in layers]
@@ -181,10 +184,11 @@ def run(
         def step(*states: Tensor, i=i, layer=layer, final=final, looked_at=looked_at) -> tuple[Tensor, ...]:
             own = [part.model.encoder.layer[i].attention for part in parts]
             shared = looking(layer.crossattention) if looked_at else []
-            stacks = [stack for part in parts if (stack := part.stack(i, final))]
+            stacks = [part.stack(i, final) for part in parts]
             modules = (*own, *shared, layer.intermediate, layer.output)
-            with drawn_together(), cast_weights(*modules, stacks=stacks) as stacked:
-                attended = [part.attend(i, x, final, stacked) for part, x in zip(parts, states)]
+            with drawn_together(), cast_weights(*modules, stacks=filter(None, stacks)) as stacked:
+                joined = [stack and stacked(stack) for stack in stacks]
+                attended = [part.attend(i, x, final, one) for part, x, one in zip(parts, states, joined)]
                 sizes = [len(x) for x in attended]
                 x = torch.cat(attended) if len(parts) > 1 else attended[0]
                 if looked_at:
@@ -212,7 +216,9 @@ def begin(model: BertModel, text: Ragged, size: int = 512) -> Ragged:
     states = []
     for start in range(0, len(text.rows.lengths), size):
         some = text.pick(range(start, min(start + size, len(text.rows.lengths))))
-        states.append(Part(model, some).attend(0, *embeddings(model, [some]), final=False))
+        part = Part(model, some)
+        stack = part.stack(0, final=False)
+        states.append(part.attend(0, *embeddings(model, [some]), False, stack and stacked(stack)))
     return Ragged(text.ids, text.rows, torch.cat(states))
 
 
