@@ -109,7 +109,7 @@ def test_caption_options_reach_the_model_and_the_run_gives_their_defaults(
     class Captioner(torch.nn.Module):
         visual_encoder = types.SimpleNamespace(image_size=16)
 
-        def generate_stream(self, batches, batch_size, **how):
+        def generate_stream(self, batches, **how):
             for images in batches:
                 called.update(how, shape=tuple(images.shape))
                 yield from [["a dog"]] * len(images)

@@ -7,7 +7,7 @@ import torch
 
 from blipfast.models.blip import blip_decoder
 from blipfast.models.decoding import Decoding
-from blipfast.models.generation import generate
+from blipfast.models.generation import Rules, Waiting, generate, stream
 from blipfast.text import train_tokenizer
 
 TOKENIZER = train_tokenizer(["a picture of a dog", "two red apples"], vocab_size=270)
@@ -108,6 +108,55 @@ def test_captions_of_a_stream_are_those_of_a_batch_in_order(model):
     stream = model.generate_stream(images.split(2), num_beams=2, max_length=20, min_length=5, batch_size=2)
     assert [texts[0] for texts in stream] == expected
     assert list(model.generate_stream([], num_beams=2)) == []
+
+
+def test_places_are_filled_from_as_many_batches_as_it_takes(model, prompt, embeds, monkeypatch):
+    expected = generate(model.text_decoder, prompt, embeds, num_beams=3, **RULES)
+    taken, take, rules = [], Waiting.take, Rules(num_beams=3, **RULES)
+
+    def run(batch_size):
+        taken.clear()
+        batches = ((part,) for part in embeds.split(2))
+        return dict(stream(model.text_decoder, prompt, batches, rules, batch_size))
+
+    def counted(self, most):
+        chosen = take(self, most)
+        taken.append(len(chosen.numbers))
+        return chosen
+
+    monkeypatch.setattr(Waiting, "take", counted)
+    for batch_size, first in ((None, 2), (3, 3), (5, 5), (128, 7)):
+        texts = run(batch_size)
+        assert taken[0] == first and sum(taken) == 7
+        assert [texts[i][0] for i in range(7)] == [[t for t in row if t != PAD] for row in expected.tolist()]
+
+
+def test_running_out_of_memory_for_the_encoder_halves_its_batch(model, monkeypatch):
+    images, encoder, sizes = torch.randn(5, 3, 32, 32), model.visual_encoder, []
+    expected = model.generate(images, num_beams=2, max_length=20, min_length=5)
+    forward = encoder.forward
+
+    def short_of_memory(x):
+        sizes.append(len(x))
+        if len(x) > largest:
+            raise torch.OutOfMemoryError("pretended")
+        return forward(x)
+
+    monkeypatch.setattr(encoder, "forward", short_of_memory)
+    largest = 2
+    texts = model.generate_stream(images.split(4), num_beams=2, max_length=20, min_length=5)
+    assert [each[0] for each in texts] == expected and sizes == [4, 2, 2, 1]
+    largest = 0  # nothing is lost in silence when a picture does not fit
+    with pytest.raises(torch.OutOfMemoryError):
+        list(model.generate_stream(images.split(4), num_beams=2, max_length=20, min_length=5))
+
+    def later():
+        yield images[:2]
+        raise torch.OutOfMemoryError("pretended")
+
+    largest = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        list(model.generate_stream(later(), num_beams=2, max_length=20, min_length=5, batch_size=4))
 
 
 @pytest.mark.parametrize(

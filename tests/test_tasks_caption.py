@@ -150,10 +150,10 @@ def test_nocaps_gives_a_submission_for_the_server_and_scores_by_domain_where_cap
 
 def test_the_repetition_penalty_and_the_lengths_of_the_config_reach_the_search(run, tmp_path, monkeypatch):
     seen = {}
-    generate = CaptionTask.build_model(load_config(run / "config.yaml")).__class__.generate
+    generate = CaptionTask.build_model(load_config(run / "config.yaml")).__class__.generate_stream
     monkeypatch.setattr(
-        "blipfast.tasks.caption.CaptionModel.generate",
-        lambda self, image, **settings: seen.update(settings) or generate(self, image, **settings),
+        "blipfast.tasks.caption.CaptionModel.generate_stream",
+        lambda self, batches, **settings: seen.update(settings) or generate(self, batches, **settings),
     )
     settings = ["evaluate.repetition_penalty=1.1", "evaluate.max_length=9", "evaluate.num_beams=4"]
     config = load_config(run / "config.yaml", settings)

@@ -1,5 +1,6 @@
 """Captions of many pictures by beam search, all of 20 tokens with the prompt, beside transformers' BLIP in each setting
-that it has; both take as many pictures at a time."""
+that it has. Pictures come in batches; on a GPU ours decodes those of several at a time by itself, and transformers is
+also given all at once."""
 
 from __future__ import annotations
 
@@ -36,9 +37,9 @@ def _make(models: Models, B: int) -> Contenders:
 
     def ours():
         model = models.ours(blip_decoder)
-        return lambda: list(model.generate_stream(images, batch_size=B, **BEAMS))
+        return lambda: list(model.generate_stream(images, **BEAMS))
 
-    def theirs(attention="eager", change=lambda model: model, **settings):
+    def theirs(attention="eager", change=lambda model: model, images=images, **settings):
         def build():
             if settings:  # what a CPU refuses with an error would cost a GPU its CUDA context
                 small = Models.for_gpu("cpu", 64)
@@ -53,7 +54,14 @@ def _make(models: Models, B: int) -> Contenders:
         "transformers sdpa": theirs("sdpa"),
         "transformers static cache": theirs(cache_implementation="static"),
     }
-    return found | ({"transformers compiled": theirs(change=compiled)} if models.device == "cuda" else {})
+    if models.device == "cuda":
+        whole = [torch.cat(images)]
+        found |= {
+            "transformers compiled": theirs(change=compiled),
+            "transformers at once": theirs(images=whole),
+            "transformers compiled, at once": theirs(change=compiled, images=whole),
+        }
+    return found
 
 
 def by_transformers(model: nn.Module, images: Sequence[Tensor], **settings):

@@ -35,7 +35,9 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--prompt", help="words every caption starts from (default: the model's)")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling (default: 42)")
-    parser.add_argument("--batch-size", type=positive, default=16, help="pictures at a time (default: 16)")
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, help="pictures encoded at a time (default: 16)"
+    )
     parser.add_argument(
         "--json", action="store_true", help='print [{"path", "caption"} or {"path", "error"}]'
     )
@@ -82,7 +84,7 @@ def caption(args: argparse.Namespace) -> int:
             yield torch.stack(images).to(device)
 
     found: dict[str, str] = {}
-    for place, texts in enumerate(model.generate_stream(batches(), batch_size=args.batch_size, **how)):
+    for place, texts in enumerate(model.generate_stream(batches(), **how)):
         path = readable[place]
         found[path] = texts[0]
         if not args.json:

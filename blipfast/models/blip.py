@@ -168,16 +168,18 @@ class BLIP_Decoder(nn.Module):
         sample=False,
         num_beams=3,
         repetition_penalty=1.0,
-        batch_size=16,
+        batch_size=None,
         **rules,
     ) -> Iterator[list[str]]:
         """Captions of many pictures, in batches [B, 3, S, S] of any number: a list for each picture, in order.
 
-        A picture whose captions are finished leaves, and the next takes its place. Other `rules`: as of `generate`.
+        A picture whose captions are finished leaves, and the next takes its place. batch_size: pictures decoded at a
+        time, unless given 128 on a GPU, and on a CPU those of a batch. Where memory runs out for a batch or for these,
+        they are halved. Other `rules`: as of `generate`.
         """
         rules = Rules(**self.rules(sample, num_beams, repetition_penalty), **rules)
         prompt = self.prompt_ids(self.text_decoder.cls.predictions.bias.device)
-        encoded = ((self.visual_encoder(images),) for images in batches)
+        encoded = ((in_halves(self.visual_encoder, images),) for images in batches)
         early: dict[int, list[str]] = {}
         due = 0
         for number, texts in stream(self.text_decoder, prompt, encoded, rules, batch_size):
@@ -205,6 +207,16 @@ class BLIP_Decoder(nn.Module):
         return [
             text[len(self.prompt) :] for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         ]
+
+
+def in_halves(encoder: nn.Module, images: Tensor) -> Tensor:
+    """encoder(images), in halves and halves of these where memory runs out. Raises torch.OutOfMemoryError for one."""
+    try:
+        return encoder(images)
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    return torch.cat([in_halves(encoder, half) for half in images.chunk(2)])
 
 
 def blip_decoder(pretrained="", allow_random=(), **kwargs) -> BLIP_Decoder:

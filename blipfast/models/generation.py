@@ -23,6 +23,7 @@ from .image_memory import image_memory
 from .med import BertConfig, BertLMHeadModel
 from .search import BeamSearch, Draws
 
+PLACES = 128  # on a GPU, whose step for so many images takes hardly longer than one for few
 TOP_K = 50  # official sampling also keeps only the 50 likeliest tokens (transformers' default)
 
 
@@ -111,20 +112,27 @@ def generate(
 
 @torch.no_grad()
 def stream(
-    decoder: BertLMHeadModel, prompt: Tensor, batches: Iterable[tuple], rules: Rules, batch_size: int
+    decoder: BertLMHeadModel,
+    prompt: Tensor,
+    batches: Iterable[tuple],
+    rules: Rules,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """(number of the image, its texts' token ids), in the order in which they are finished.
 
-    batches: (image_embeds [B, N, D_v], image_mask [B, N] or None), taken one at a time, when a place is free. At most
-    `batch_size` images are decoded at once, fewer where memory does not suffice.
+    batches: (image_embeds [B, N, D_v], image_mask [B, N] or None), taken when a place is free. batch_size: images
+    decoded at a time, of as many batches as it takes; fewer where memory does not suffice. Unless given, 128 on a GPU
+    and those of a batch on a CPU.
     """
     rules.check(len(prompt), decoder.config)
     waiting = Waiting(iter(batches), rules)
     while waiting.more():
+        if batch_size is None:
+            batch_size = max(len(waiting.queue[0].numbers), PLACES if prompt.is_cuda else 1)
         try:
-            yield from decode(decoder, prompt, waiting, rules, min(batch_size, waiting.largest))
+            yield from decode(decoder, prompt, waiting, rules, batch_size)
         except torch.OutOfMemoryError:
-            if batch_size == 1:
+            if batch_size == 1 or waiting.broken:
                 raise
             recorded.forget(decoder)
             batch_size = max(1, min(batch_size, waiting.largest) // 2)
@@ -132,16 +140,16 @@ def stream(
 
 
 def decode(
-    decoder: BertLMHeadModel, prompt: Tensor, waiting: Waiting, rules: Rules, capacity: int
+    decoder: BertLMHeadModel, prompt: Tensor, waiting: Waiting, rules: Rules, most: int
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """Decode until nothing waits; `capacity` places."""
+    """Decode until nothing waits, at most so many images at a time."""
     kind = BeamSearch if rules.num_beams > 1 and not rules.sample else Draws
     sizes = (kind.rows(rules), len(prompt), rules.max_length)
     search: Draws | BeamSearch | None = None
     like = None
     while waiting.more() or search.active:
-        free = search.room if search else capacity
-        while free and waiting.more():
+        free = search.room if search else most
+        if free and waiting.more():
             chosen = waiting.take(free)
             if search is None:
                 # before there are keys and values of these images: what is not taken up again is freed
@@ -150,9 +158,7 @@ def decode(
             images = image_memory(decoder.bert.encoder, chosen.embeds, chosen.mask, text_rows(*sizes))
             if search is None:
                 search = kind(rules, prompt.clone(), Decoding(decoder, images, *sizes))
-                free = len(chosen.numbers)
             search.admit(chosen.numbers, images, chosen.draws)
-            free -= len(chosen.numbers)
         for number, texts in search.advance():
             waiting.finished(number)
             yield number, texts
@@ -168,14 +174,27 @@ class Chosen:
     mask: Tensor | None
     draws: Tensor | None
 
+    def part(self, here: slice) -> Chosen:
+        tensors = (self.embeds, self.mask, self.draws)
+        return Chosen(self.numbers[here], *(None if x is None else x[here] for x in tensors))
+
+    @staticmethod
+    def together(several: list[Chosen]) -> Chosen:
+        if len(several) == 1:
+            return several[0]
+        columns = zip(*((one.embeds, one.mask, one.draws) for one in several))
+        tensors = (None if column[0] is None else torch.cat(column) for column in columns)
+        return Chosen([number for one in several for number in one.numbers], *tensors)
+
 
 class Waiting:
     """Images that are not being decoded yet, and those that are, in case memory runs out."""
 
     def __init__(self, batches: Iterator[tuple], rules: Rules):
         self.batches, self.rules = batches, rules
+        self.broken = False  # who makes the batches cannot go on
         self.count = 0  # images seen so far
-        self.largest = 0  # batch seen so far
+        self.largest = 0  # number of images taken at a time so far
         self.queue: list[Chosen] = []
         self.running: dict[int, Chosen] = {}
 
@@ -186,6 +205,9 @@ class Waiting:
                 embeds, *mask = next(self.batches)
             except StopIteration:
                 return False
+            except torch.OutOfMemoryError:
+                self.broken = True
+                raise
             if not len(embeds):
                 continue
             finite = embeds.flatten(1).isfinite().all(1)
@@ -196,7 +218,6 @@ class Waiting:
                 )
             numbers = list(range(self.count, self.count + len(embeds)))
             self.count += len(embeds)
-            self.largest = max(self.largest, len(embeds))
             # drawn in the order of the images, so that texts do not depend on who is decoded with whom
             draws = None
             if self.rules.sample:
@@ -207,34 +228,25 @@ class Waiting:
         return True
 
     def take(self, most: int) -> Chosen:
-        """Up to `most` images of the batch that waits longest."""
-        batch = self.queue.pop(0)
-        head, rest = (
-            Chosen(
-                batch.numbers[part],
-                *(x if x is None else x[part] for x in (batch.embeds, batch.mask, batch.draws)),
-            )
-            for part in (slice(0, most), slice(most, None))
-        )
-        if rest.numbers:
-            self.queue.insert(0, rest)
-        for i, number in enumerate(head.numbers):
-            self.running[number] = Chosen(
-                [number], *(x if x is None else x[i : i + 1] for x in (head.embeds, head.mask, head.draws))
-            )
-        return head
+        """Up to `most` images of those that wait longest, of as many batches as it takes."""
+        taken: list[Chosen] = []
+        while most and self.more():
+            batch = self.queue.pop(0)
+            taken.append(batch.part(slice(0, most)))
+            rest = batch.part(slice(most, None))
+            if rest.numbers:
+                self.queue.insert(0, rest)
+            most -= len(taken[-1].numbers)
+        chosen = Chosen.together(taken)
+        self.largest = max(self.largest, len(chosen.numbers))
+        self.running |= {number: chosen.part(slice(i, i + 1)) for i, number in enumerate(chosen.numbers)}
+        return chosen
 
     def finished(self, number: int) -> None:
         del self.running[number]
 
     def put_back(self) -> None:
-        """Everything that was being decoded waits again, as one batch."""
-        again = list(self.running.values())
-        if again:
-            embeds, mask, draws = (
-                None if getattr(again[0], name) is None else torch.cat([getattr(one, name) for one in again])
-                for name in ("embeds", "mask", "draws")
-            )
-            numbers = [number for one in again for number in one.numbers]
-            self.queue.insert(0, Chosen(numbers, embeds, mask, draws))
+        """Everything that was being decoded waits again."""
+        if self.running:
+            self.queue.insert(0, Chosen.together(list(self.running.values())))
         self.running = {}

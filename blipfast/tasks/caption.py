@@ -69,20 +69,17 @@ class CaptionTask(FineTuneTask):
         view, settings = open_view(config, split), config.evaluate
         model = cls.load_model(config, checkpoint, device)
         model.prompt = settings.prompt or model.prompt
-        written: dict[int, str] = {}
         pictures, share = Prepared(view, config.model.image_size), my_share(len(view))
         batches = in_batches(pictures, share, settings.batch_size, config.data.workers)
-        total = -(-len(share) // settings.batch_size)
-        bar = tqdm(batches, "captioning", total, leave=False, disable=gather.rank() > 0 or None)
-        for numbers, batch in bar:
-            captions = model.generate(
-                batch.to(device),
-                num_beams=settings.num_beams,
-                max_length=settings.max_length,
-                min_length=settings.min_length,
-                repetition_penalty=settings.repetition_penalty,
-            )
-            written |= zip(numbers, captions, strict=True)
+        stream = model.generate_stream(
+            (batch.to(device) for _, batch in batches),
+            num_beams=settings.num_beams,
+            max_length=settings.max_length,
+            min_length=settings.min_length,
+            repetition_penalty=settings.repetition_penalty,
+        )
+        bar = tqdm(stream, "captioning", len(share), leave=False, disable=gather.rank() > 0 or None)
+        written = {i: texts[0] for i, texts in zip(share, bar, strict=True)}
         captions = collect(written, len(view))
         write_json(output / f"{split}.json", results(view, captions, config.data.format))
         metrics = from_main(lambda: score(view, captions, settings.scorer))

@@ -64,7 +64,6 @@ def _evaluate(
         max_length=settings.max_length,
         min_length=settings.min_length,
         repetition_penalty=settings.repetition_penalty,
-        batch_size=settings.batch_size,
     )
     made = tqdm(stream, total=len(share), desc="captioning", leave=False, disable=gather.rank() > 0 or None)
     captions = collect({i: texts[0] for i, texts in zip(share, made)}, len(test))
