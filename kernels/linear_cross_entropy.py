@@ -53,21 +53,24 @@ def _cross_entropy(
                 v = start + columns
                 tl.store(row + v, tl.zeros((BLOCK,), logits_ptr.dtype.element_ty), mask=v < stride)
     else:
-        top, total, z_sum = NEVER.value, 0.0, 0.0
+        # each lane has a softmax of its own; reductions over the block, which wait for all warps, come once a row
+        top = tl.full([BLOCK], NEVER, tl.float32)
+        total, z_sum = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for start in range(0, V, BLOCK):
             v = start + columns
             z = _load(row, bias_ptr, v, V, stride)
-            z_sum += tl.sum(tl.where(v < V, z, 0.0), 0)
-            new = tl.maximum(top, tl.max(z, 0))
-            total = total * tl.exp2(top - new) + tl.sum(tl.exp2(z - new), 0)
-            top = new
-        lse = top + tl.log2(total)
+            z_sum += tl.where(v < V, z, 0.0)
+            smaller = tl.exp2(-tl.abs(z - top))  # of this and what there was, relative to the larger
+            total = tl.where(z > top, total * smaller + 1.0, total + smaller)
+            top = tl.maximum(top, z)
+        highest = tl.max(top, 0)
+        lse = highest + tl.log2(tl.sum(total * tl.exp2(top - highest), 0))
         known = (label >= 0) & (label < V)
         z_label = tl.load(row + label, mask=known, other=float("nan")).to(tl.float32)
         if bias_ptr is not None:
             z_label += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
         spread = smoothing / V
-        tl.store(loss_ptr + t, (lse - spread * z_sum) * LN2 - (1.0 - smoothing) * z_label)
+        tl.store(loss_ptr + t, (lse - spread * tl.sum(z_sum, 0)) * LN2 - (1.0 - smoothing) * z_label)
         if GRADIENT:
             c = 1.0
             if coefficient_ptr is not None:
