@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 CHOICES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
 QUANTIZED = {"int8": (7, 5), "fp8": (8, 9)}  # and from which compute capability on, on NVIDIA's GPUs
 
 
+def cpu_has(*names: str) -> bool:
+    """Whether this CPU has one of these instruction sets, as `torch.cpu.get_capabilities` names them."""
+    return any(_capabilities().get(name) for name in names)
+
+
+def cpu_is_amd() -> bool:
+    return str(_capabilities().get("cpu_name", "")).startswith("AMD")
+
+
+@functools.cache
+def _capabilities() -> dict[str, object]:
+    return getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+
+
 def fast_bf16(device: str | torch.device) -> bool:
-    """Whether the hardware multiplies bf16 matrices faster than fp32 ones: AMX on a CPU, Ampere and later on a GPU."""
+    """Whether the hardware multiplies bf16 matrices faster than fp32 ones.
+
+    CPUs with AMX or AVX-512's bf16 (Intel's Xeons since Sapphire Rapids, AMD's since Zen 4), GPUs since Ampere.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
+    return cpu_has("amx_bf16", "avx512_bf16")
 
 
 def dtype_of(precision: str, device: str | torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from blipfast import precision
 from blipfast.models import few_rows, generation
 from blipfast.models.blip import blip_decoder
 from blipfast.models.few_rows import linear
@@ -128,6 +129,30 @@ def test_a_linear_layer_of_few_rows_gives_the_same(rows, dtype, size, gelu, monk
     y, expected = linear(layer, x, gelu), F.gelu(layer(x)) if gelu else layer(x)
     assert y.shape == expected.shape and y.is_contiguous() and y.dtype == dtype
     assert_close(y, expected, **({"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}))
+
+
+@pytest.mark.parametrize(
+    "cpu, rows, dtype, onednn, left",
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, 1, torch.float32, True, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, 12, torch.bfloat16, False, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "amx_bf16": True}, 1, torch.float32, False, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "amx_bf16": True}, 12, torch.float32, True, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "amx_bf16": True}, 12, torch.bfloat16, False, True),
+        ({}, 12, torch.bfloat16, False, False),
+    ],
+)
+@torch.no_grad()
+def test_the_processor_decides_who_multiplies_few_rows(cpu, rows, dtype, onednn, left, monkeypatch):
+    monkeypatch.setattr(precision, "_capabilities", lambda: cpu)
+    monkeypatch.setattr(few_rows, "ONEDNN_SIZE", 1)
+    called = []
+    monkeypatch.setattr(few_rows, "_onednn", lambda x, *rest: called.append("onednn") or x)
+    monkeypatch.setattr(
+        torch, "addmm", lambda b, *rest, addmm=torch.addmm: called.append("left") or addmm(b, *rest)
+    )
+    linear(nn.Linear(24, 40).to(dtype), torch.randn(rows, 24).to(dtype))
+    assert called == ["onednn"] * onednn + ["left"] * left
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from blipfast.ops import attention_torch
 from blipfast.ops.attention import Layout, attention, attention_qkv, attention_varlen
 from tests.attention_truth import LENGTHS, READS, assert_near, by_text, check, expected, gradients, random
 
@@ -16,6 +17,25 @@ def test_dense_attention_and_its_gradients_are_those_of_fp64(N, S, d, attention_
     got = attention(q, k, v)
     want = torch.stack([expected(*(x.transpose(0, 1) for x in one)) for one in zip(q, k, v)]).transpose(1, 2)
     check(got, want, (q, k, v))
+
+
+@pytest.mark.parametrize("scores", [1, 40**2, 3 * 40**2, 10**9])  # one head at a time, ..., all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_in_parts_the_formula_is_the_same(scores, dtype, monkeypatch, poison_empty):
+    """As CPUs do it that multiply bf16 by AVX-512: errors within twice those of plain PyTorch."""
+    monkeypatch.setattr(attention_torch, "SCORES", scores)
+    monkeypatch.setattr(attention_torch, "products_win", lambda dtype: True)
+    called, in_parts = [], attention_torch.in_parts
+    monkeypatch.setattr(attention_torch, "in_parts", lambda *args: called.append(1) or in_parts(*args))
+    qkv = random(3, 40, 3, 2, 32).to(dtype)
+    want = torch.stack([expected(*one.unbind(1)) for one in qkv])
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    plain = ((q * 32**-0.5 @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2)
+    assert (attention_qkv(qkv) - want).abs().max() <= 2 * (plain - want).abs().max() + 1e-6
+    assert called
+    attention_qkv(qkv, dropout=0.5), attention(q, k, v, torch.ones(40, 40).bool()), attention_qkv(qkv[:, :31])
+    assert len(called) == 1, "dropout, masks and few tokens go another way"
 
 
 @pytest.mark.parametrize("N, S", [(21, 21), (5, 40)])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from blipfast import precision
 from blipfast import quantize as module
 from blipfast.config_checks import _CHOICES
 from blipfast.models.blip import blip_decoder
@@ -193,6 +194,21 @@ def test_int8_stays_exact_enough_on_processors_that_add_in_16_bits():
     assert steps == "63" and float(error) < 0.03
 
 
+@pytest.mark.parametrize(
+    "capabilities, fast",
+    [
+        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": True}, True),
+        ({"avx2": True, "avx512_bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_bf16_is_the_default_of_processors_that_multiply_it_fast(capabilities, fast, monkeypatch):
+    monkeypatch.setattr(precision, "_capabilities", lambda: capabilities)
+    assert fast_bf16("cpu") == fast
+    assert dtype_of("auto", "cpu") == (torch.bfloat16 if fast else torch.float32)
+
+
 def test_auto_is_bf16_where_that_is_fast():
     assert dtype_of("auto", "cpu") == (torch.bfloat16 if fast_bf16("cpu") else torch.float32)
     assert dtype_of("fp16", "cpu") == torch.float16
@@ -215,15 +231,15 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     for capability, serves in (((7, 0), ()), ((8, 0), ("int8",)), ((8, 9), ("int8", "fp8"))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, has=capability: has)
-        for precision in ("int8", "fp8"):
-            if precision in serves:
-                assert dtype_of(precision, "cuda") == torch.bfloat16
+        for word in ("int8", "fp8"):
+            if word in serves:
+                assert dtype_of(word, "cuda") == torch.bfloat16
                 continue
             instead = "bf16" if capability >= (8, 0) else "fp16"
             with pytest.raises(
                 ValueError, match=f"this GPU has {capability[0]}.{capability[1]}; use {instead}"
             ):
-                dtype_of(precision, "cuda")
+                dtype_of(word, "cuda")
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.raises(ValueError, match="on an AMD GPU use bf16"):
         dtype_of("fp8", "cuda")

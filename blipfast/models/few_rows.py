@@ -1,7 +1,8 @@
 """Linear layers of few rows on a CPU, as when decoding: a step reads every weight for a row a beam.
 
-torch gives fp32 products to MKL, which needs up to twice oneDNN's time for them once a matrix outgrows the cache. In
-bf16 torch asks oneDNN itself, which reads weights faster on the left.
+torch gives fp32 products to MKL, which on an Intel needs up to twice oneDNN's time for them once a matrix outgrows the
+cache, and on an AMD, where it makes do with AVX2, twice to four times for all of them. In bf16 torch asks oneDNN
+itself, which with AMX reads weights faster on the left, and without it slower.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from blipfast.precision import cpu_has, cpu_is_amd
 
 # for how many rows each is faster, and for matrices of how many numbers; on a Xeon with AMX
 ONEDNN_WINS, ONEDNN_SIZE = range(4, 129), 2**20  # fp32
@@ -25,15 +28,19 @@ def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
 
     Layers that are not plain `nn.Linear` (int8) are called as they are.
     """
-    rows = x.shape[:-1].numel()
     if type(layer) is nn.Linear and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        large = layer.weight.numel() > ONEDNN_SIZE
-        if x.dtype == torch.float32 and rows in ONEDNN_WINS and large and _onednn is not None:
+        rows = x.shape[:-1].numel()
+        if x.dtype == torch.float32 and _onednn is not None and onednn_wins(rows, layer.weight.numel()):
             kind, algorithm = ("gelu", "none") if gelu else ("none", "")
             return _onednn(x, layer.weight, layer.bias, kind, [], algorithm)
-        if x.dtype == torch.bfloat16 and rows in LEFT_WINS:  # (weight x^T)^T instead of x weight^T
-            y = torch.addmm(layer.bias[:, None], layer.weight, x.reshape(rows, -1).t()).t()
+        if x.dtype == torch.bfloat16 and rows in LEFT_WINS and cpu_has("amx_bf16"):
+            y = torch.addmm(layer.bias[:, None], layer.weight, x.reshape(rows, -1).t()).t()  # (weight x^T)^T
             y = y.contiguous().unflatten(0, x.shape[:-1])  # SDPA is slow at queries that are not
             return F.gelu(y) if gelu else y
     y = layer(x)
     return F.gelu(y) if gelu else y
+
+
+def onednn_wins(rows: int, numbers: int) -> bool:
+    """Whether oneDNN multiplies so many fp32 rows by a matrix of so many numbers faster than MKL."""
+    return cpu_is_amd() or (rows in ONEDNN_WINS and numbers > ONEDNN_SIZE)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from blipfast.ops.attention import apart, attention
+from blipfast.ops.attention_torch import products_win
 
 from .few_rows import linear
 from .med import BertEncoder, BertSelfAttention
@@ -88,7 +89,7 @@ class Tokens(ImageMemory):
         """Sums of tokens weighted by the softmax of their scores, [n, r, D_v] for scaled queries [n, r, D_v]."""
         tokens, transposed = (x[here] for x in self.tensors[:2])
         seen = self.seen(here)
-        if query.dtype != torch.float32:  # SDPA keeps scores in fp32
+        if query.dtype != torch.float32 and not products_win(query.dtype):
             return attention(query[:, None], tokens[:, None], tokens[:, None], seen, scale=1.0).squeeze(1)
         scores = torch.bmm(query, transposed)  # faster than SDPA, whose blocks are meant for narrow heads
         if seen is not None:

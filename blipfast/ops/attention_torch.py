@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import cpu_has
 from .attention_layout import Layout
 
 SHORT = 256  # keys up to which, in bf16 on a CPU, the formula is faster than SDPA in fp32
+MANY = 32  # queries and keys from which products are faster than SDPA where `products_win`
+SCORES = 2_000_000  # at a time: more outgrow the cache, and memory that the system has just given takes twice as long
 WASTE = 2.5  # cells of a table a row, above which, on a CPU, one product an image is faster than one over the table
 
 
@@ -32,6 +35,29 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     elif mask is not None:
         scores = scores + mask
     return scores.softmax(-1, dtype=torch.float32)
+
+
+def products_win(dtype: torch.dtype) -> bool:
+    """Whether on this CPU two products and a softmax are faster than SDPA: twice, in bf16 by AVX-512 without AMX.
+
+    Scores are rounded then, as by plain PyTorch.
+    """
+    return dtype == torch.bfloat16 and cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
+
+
+def in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The formula without mask, dropout and gradients, for so many images and heads at a time as `SCORES` allows."""
+    B, N, H, _ = q.shape
+    scores = N * k.shape[1]
+    images, heads = (max(1, SCORES // each) for each in (H * scores, scores))
+    out = q.new_empty(q.shape)
+    for b in range(0, B, images):
+        for h in range(0, H, heads):
+            part = slice(b, b + images), slice(None), slice(h, h + heads)
+            query, key, value = (x[part].transpose(1, 2) for x in (q, k, v))
+            weights = ((query * scale) @ key.transpose(-2, -1)).softmax(-1)
+            out[part] = (weights @ value).transpose(1, 2)
+    return out
 
 
 class Dropped(torch.autograd.Function):
@@ -78,6 +104,9 @@ def usual(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, 
     if q.device.type != "cpu":
         return plain(q, k, v, mask, dropout, scale)
     if not torch.is_grad_enabled():
+        many = min(q.shape[1], k.shape[1]) >= MANY
+        if many and mask is None and not dropout and products_win(q.dtype):
+            return in_parts(q, k, v, scale)
         return sdpa(q, k, v, mask, dropout, scale)
     if q.dtype == torch.bfloat16 and k.shape[1] <= SHORT:
         return plain(q, k, v, mask, dropout, scale)
