@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from blipfast.models.blip import blip_decoder
 from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_pretrain import blip_pretrain
 from blipfast.models.blip_vqa import blip_vqa
 from blipfast.models.packed import begin
+from tests.flops import flop
 
 CAPTION = " ".join(["dog"] * 12)
 
 
 def gflop(run) -> float:
-    # SDPA as products, which are counted; its own kernel on a CPU is not
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() / 1e9
+    return flop(run) / 1e9
 
 
 @pytest.mark.slow

@@ -8,18 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 from blipfast import precision
-from blipfast.models import few_rows, generation
+from blipfast.models import generation
 from blipfast.models.blip import blip_decoder
-from blipfast.models.few_rows import linear
 from blipfast.models.generation import generate
 from blipfast.models.image_memory import KeysValues, Tokens, image_memory
 from blipfast.models.packed import image_states
+from blipfast.ops import linear as linear_op
+from blipfast.ops.linear import linear
 from blipfast.text import train_tokenizer
+from tests.flops import flop
 
 TOKENIZER = train_tokenizer(["a picture of a dog", "two red apples"], vocab_size=270)
 PROMPT = torch.tensor([TOKENIZER.bos_token_id, 20, 21])
@@ -100,10 +100,7 @@ def test_the_way_that_computes_less_is_chosen(decoder, monkeypatch):
         rules = RULES | {"num_beams": beams, "max_length": length, "min_length": length}
         for way in (image_memory, as_keys, as_tokens):
             monkeypatch.setattr(generation, "image_memory", way)
-            # products that are counted; SDPA's own on a CPU are not
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                generate(decoder, PROMPT, embeds, **rules)
-            cost[way] = counter.get_total_flops()
+            cost[way] = flop(lambda e=embeds, r=rules: generate(decoder, PROMPT, e, **r))
         assert cost[image_memory] == min(cost.values()), (N, beams, length)
         chosen.add(cost[image_memory] == cost[as_tokens])
     assert chosen == {True, False}
@@ -123,8 +120,8 @@ def test_states_and_mask_of_the_caller_are_not_overwritten(decoder, embeds, mask
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 4, 12, 65, 128, 129])
 @torch.no_grad()
-def test_a_linear_layer_of_few_rows_gives_the_same(rows, dtype, size, gelu, monkeypatch):
-    monkeypatch.setattr(few_rows, "ONEDNN_SIZE", size)
+def test_a_linear_layer_of_linear_op_gives_the_same(rows, dtype, size, gelu, monkeypatch):
+    monkeypatch.setattr(linear_op, "ONEDNN_SIZE", size)
     layer, x = nn.Linear(24, 40).to(dtype), torch.randn(rows, 1, 24).to(dtype)
     y, expected = linear(layer, x, gelu), F.gelu(layer(x)) if gelu else layer(x)
     assert y.shape == expected.shape and y.is_contiguous() and y.dtype == dtype
@@ -143,11 +140,11 @@ def test_a_linear_layer_of_few_rows_gives_the_same(rows, dtype, size, gelu, monk
     ],
 )
 @torch.no_grad()
-def test_the_processor_decides_who_multiplies_few_rows(cpu, rows, dtype, onednn, left, monkeypatch):
+def test_the_processor_decides_who_multiplies_linear_op(cpu, rows, dtype, onednn, left, monkeypatch):
     monkeypatch.setattr(precision, "_capabilities", lambda: cpu)
-    monkeypatch.setattr(few_rows, "ONEDNN_SIZE", 1)
+    monkeypatch.setattr(linear_op, "ONEDNN_SIZE", 1)
     called = []
-    monkeypatch.setattr(few_rows, "_onednn", lambda x, *rest: called.append("onednn") or x)
+    monkeypatch.setattr(linear_op, "_onednn", lambda x, *rest: called.append("onednn") or x)
     monkeypatch.setattr(
         torch, "addmm", lambda b, *rest, addmm=torch.addmm: called.append("left") or addmm(b, *rest)
     )
@@ -156,11 +153,11 @@ def test_the_processor_decides_who_multiplies_few_rows(cpu, rows, dtype, onednn,
 
 
 @torch.no_grad()
-def test_without_onednn_a_linear_layer_of_few_rows_gives_the_same(monkeypatch):
-    monkeypatch.setattr(few_rows, "ONEDNN_SIZE", 1)
+def test_without_onednn_a_linear_layer_of_linear_op_gives_the_same(monkeypatch):
+    monkeypatch.setattr(linear_op, "ONEDNN_SIZE", 1)
     layer, x = nn.Linear(24, 40), torch.randn(12, 24)
     y = linear(layer, x)
-    monkeypatch.setattr(few_rows, "_onednn", None)
+    monkeypatch.setattr(linear_op, "_onednn", None)
     assert_close(linear(layer, x), y)
 
 
@@ -171,3 +168,17 @@ def test_layers_that_are_not_plain_are_called_as_they_are():
 
     layer, x = Doubled(4, 4), torch.randn(12, 4)
     assert torch.equal(linear(layer, x), layer(x))
+    hooked, seen = nn.Linear(4, 4), []
+    hooked.register_forward_hook(lambda layer, args, y: seen.append(y))
+    assert linear(hooked, x) is seen[0]
+
+
+def test_a_linear_layer_has_gradients(monkeypatch):
+    monkeypatch.setattr(linear_op, "onednn_wins", lambda rows, numbers: True)  # which has none
+    layer, x = nn.Linear(4, 4), torch.randn(12, 4, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), [x, layer.weight])
+        for y in (linear(layer, x, gelu=True), F.gelu(layer(x)))
+    ]
+    for got, want in zip(*gradients, strict=True):
+        assert_close(got, want)

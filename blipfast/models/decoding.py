@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.ops.cached_attention import cached_attention
+from blipfast.ops.linear import linear
 
-from .few_rows import linear
 from .image_memory import ImageMemory
 from .med import BertLMHeadModel, BertOutput, BertSelfAttention, BertSelfOutput, residual_norm
 from .packing import stackable, stacked

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from blipfast.ops.attention import apart, attention
 from blipfast.ops.attention_torch import products_win
+from blipfast.ops.linear import linear
 
-from .few_rows import linear
 from .med import BertEncoder, BertSelfAttention
 from .packed import ImageStates, image_states
 

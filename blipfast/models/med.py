@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention
 from blipfast.ops.layer_norm import dropout_add_layer_norm
+from blipfast.ops.linear import linear
 from blipfast.ops.mlp import mlp
 
 from .attention import KeepsAttention
@@ -126,7 +127,7 @@ class BertSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return residual_norm(self, self.dense(hidden_states), input_tensor)
+        return residual_norm(self, linear(self.dense, hidden_states), input_tensor)
 
 
 class BertAttention(nn.Module):
@@ -150,7 +151,7 @@ class BertIntermediate(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.gelu(self.dense(hidden_states))
+        return linear(self.dense, hidden_states, gelu=True)
 
 
 class BertOutput(nn.Module):
@@ -161,7 +162,7 @@ class BertOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        return residual_norm(self, self.dense(hidden_states), input_tensor)
+        return residual_norm(self, linear(self.dense, hidden_states), input_tensor)
 
 
 class BertLayer(nn.Module):

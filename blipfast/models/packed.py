@@ -7,6 +7,7 @@ else (ITM and LM in pre-training) go through in one pass, as `Part`s.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import Layout, apart, attention, attention_varlen
+from blipfast.ops.linear import linear
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 from blipfast.ops.seeds import drawn_together
 
@@ -65,7 +67,7 @@ def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[tuple
     layers = [layer for block in blocks for layer in (block.key, block.value)]
     heads = blocks[0].num_attention_heads
     if not stackable(layers):
-        every = [layer(image_embeds).unflatten(-1, (heads, -1)) for layer in layers]
+        every = [linear(layer, image_embeds).unflatten(-1, (heads, -1)) for layer in layers]
         return list(zip(every[::2], every[1::2]))
     with cast_weights(stacks=[layers]) as stacked:
         weight, bias = stacked(layers)
@@ -144,7 +146,10 @@ class Part:
             parts = [F.linear(states, *joined).unflatten(-1, (3, heads, -1))]
         else:
             layers = (inner.query, kept), (inner.key, states), (inner.value, states)
-            parts = [in_blocks(layer, x).unflatten(-1, (heads, -1)) for layer, x in layers]
+            parts = [
+                in_blocks(functools.partial(linear, layer), x).unflatten(-1, (heads, -1))
+                for layer, x in layers
+            ]
         dropout = inner.dropout.p if inner.training else 0.0
         if self.sees is None:
             layout = self.last_layout if final else self.layout
@@ -245,7 +250,7 @@ def attend_images(block, states: Tensor, images: list[tuple], layout: Layout) ->
     for inner, (key_value, mask) in zip(inners(block), images, strict=True):
         dropout = inner.dropout.p if inner.training else 0.0
         keep = inner.keep if inner.save_attention else None
-        query = in_blocks(inner.query, states)
+        query = in_blocks(functools.partial(linear, inner.query), states)
         contexts.append(cross_attention(query, key_value, layout, mask, dropout, keep))
     if len(contexts) == 2:
         return block.output(contexts, states)

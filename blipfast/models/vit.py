@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention, attention_qkv
 from blipfast.ops.layer_norm import add_layer_norm
+from blipfast.ops.linear import linear, product
 from blipfast.ops.mlp import mlp
 from blipfast.ops.patch_embed import patch_embed
 
@@ -62,7 +63,7 @@ class Attention(KeepsAttention):
         B, N, D = x.shape
         weight, bias = self.qkv.weight, self.qkv.bias
         q = F.linear(x[:, :1], weight[:D], None if bias is None else bias[:D])
-        key_value = F.linear(x, weight[D:], None if bias is None else bias[D:])
+        key_value = product(x, weight[D:], None if bias is None else bias[D:])
         k, v = key_value.view(B, N, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         q = q.view(B, 1, self.num_heads, -1).transpose(1, 2)
         out = attention(q, k, v, dropout=self.attn_drop.p if self.training else 0.0, scale=self.scale)
@@ -70,7 +71,7 @@ class Attention(KeepsAttention):
 
     def forward(self, x: Tensor, register_hook: bool = False) -> Tensor:
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        qkv = linear(self.qkv, x).view(B, N, 3, self.num_heads, D // self.num_heads)
         if register_hook:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             weights = ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1)
@@ -78,7 +79,7 @@ class Attention(KeepsAttention):
             out = (self.attn_drop(weights) @ v).transpose(1, 2)
         else:
             out = attention_qkv(qkv, self.attn_drop.p if self.training else 0.0, self.scale)
-        return self.proj_drop(self.proj(out.reshape(B, N, D)))
+        return self.proj_drop(linear(self.proj, out.reshape(B, N, D)))
 
 
 class DropPath(nn.Module):

@@ -12,6 +12,7 @@ from .checks import check_dtype, check_same_device, check_same_dtype, check_shap
 from .gelu_gradient import gelu_gradient
 from .launch import autocast_dtype, input_precision, tuned
 from .library import register
+from .linear import product
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         y = _Mlp.apply(rows.contiguous(), weight1, bias1, weight2, bias2, backend, gradient)
         return y.view(*x.shape[:-1], len(weight2))
     if backend == "torch":
-        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+        return product(product(x, weight1, bias1, gelu=True), weight2, bias2)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     a, _ = _linear_gelu(rows, weight1.contiguous(), bias1.contiguous(), False)
     return F.linear(a, weight2, bias2).view(*x.shape[:-1], len(weight2))

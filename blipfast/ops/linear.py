@@ -1,0 +1,62 @@
+"""Linear layers without gradients: on a CPU by whichever library multiplies fastest.
+
+torch gives fp32 products to MKL. On an Intel it needs up to twice oneDNN's time for few rows, as when decoding, once a
+matrix outgrows the cache; on an AMD it makes do with AVX2, and needs twice to four times oneDNN's time for any. In bf16
+torch asks oneDNN itself, which with AMX reads weights of few rows faster on the left, and without it slower.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blipfast.precision import cpu_has, cpu_is_amd
+
+# for how many rows each is faster, and for matrices of how many numbers; on a Xeon with AMX
+ONEDNN_WINS, ONEDNN_SIZE = range(4, 129), 2**20  # fp32
+LEFT_WINS = range(2, 97)  # bf16
+
+# what torch.compile calls for its linear layers; there is no public name for it
+_onednn = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+)
+
+
+def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
+    """layer(x), x [..., D] -> [..., F], and its GELU if asked for: the same to rounding.
+
+    Layers that are not plain `nn.Linear` (int8), or have hooks, are called as they are.
+    """
+    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
+        return product(x, layer.weight, layer.bias, gelu)
+    y = layer(x)
+    return F.gelu(y) if gelu else y
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """x weight^T + bias, x [..., D], weight [F, D], and its GELU if asked for; with gradients as torch has it."""
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and _is_plain(x, weight):
+        rows = x.shape[:-1].numel()
+        if x.dtype == torch.float32 and _onednn is not None and onednn_wins(rows, weight.numel()):
+            kind, algorithm = ("gelu", "none") if gelu else ("none", "")
+            return _onednn(x, weight, bias, kind, [], algorithm)
+        few = rows in LEFT_WINS and bias is not None
+        if x.dtype == torch.bfloat16 and few and cpu_has("amx_bf16"):
+            y = torch.addmm(bias[:, None], weight, x.reshape(rows, -1).t()).t()  # (weight x^T)^T
+            y = y.contiguous().unflatten(0, x.shape[:-1])  # SDPA is slow at queries that are not
+            return F.gelu(y) if gelu else y
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
+
+
+def onednn_wins(rows: int, numbers: int) -> bool:
+    """Whether oneDNN multiplies so many fp32 rows by a matrix of so many numbers faster than MKL."""
+    return cpu_is_amd() or (rows in ONEDNN_WINS and numbers > ONEDNN_SIZE)
+
+
+def _is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Neither of autocast nor of torch.compile, which choose themselves."""
+    return (
+        x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    )
