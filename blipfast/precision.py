@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
+
+from .processor import cpu_has
 
 CHOICES = ("auto", "fp32", "bf16", "fp16", "int8", "fp8")
 QUANTIZED = {"int8": (7, 5), "fp8": (8, 9)}  # and from which compute capability on, on NVIDIA's GPUs
-
-
-def cpu_has(*names: str) -> bool:
-    """Whether this CPU has one of these instruction sets, as `torch.cpu.get_capabilities` names them."""
-    return any(_capabilities().get(name) for name in names)
-
-
-def cpu_is_amd() -> bool:
-    return str(_capabilities().get("cpu_name", "")).startswith("AMD")
-
-
-@functools.cache
-def _capabilities() -> dict[str, object]:
-    return getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
 
 
 def fast_bf16(device: str | torch.device) -> bool:

@@ -33,7 +33,13 @@ def _largest(x, free, place):
     return top, tl.min(tl.where(free & (x == top), place, NOWHERE), 0)
 
 
-@triton.jit
+# parts of a search begin anywhere, and its rules are any: neither is worth a kernel of its own
+STATE = ["ids_ptr", "length_ptr", "score_ptr", "past_ptr", "done_ptr"]
+STATE += ["ended_ids_ptr", "ended_length_ptr", "ended_score_ptr", "worth_ptr"]
+RULES = ["eos", "min_length", "chunks", "L", "S"]
+
+
+@triton.jit(do_not_specialize=RULES[:2], do_not_specialize_on_alignment=["x_ptr", "length_ptr"])
 def _best(
     x_ptr, length_ptr, value_ptr, token_ptr, sum_ptr, V, eos, min_length,
     LIVE: tl.constexpr, BEST: tl.constexpr, BLOCK: tl.constexpr,
@@ -56,7 +62,7 @@ def _best(
         tl.store(token_ptr + here * BEST + i, tl.where(token < V, token, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RULES, do_not_specialize_on_alignment=STATE)
 def _step(
     value_ptr, token_ptr, sum_ptr, worth_ptr, ids_ptr, length_ptr, score_ptr, past_ptr, done_ptr,
     ended_ids_ptr, ended_length_ptr, ended_score_ptr, chunks, eos, L, S,
@@ -64,7 +70,10 @@ def _step(
     CANDIDATES: tl.constexpr, CHUNKS: tl.constexpr, RANKS: tl.constexpr, BEAMS: tl.constexpr,
     TOKENS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Image program_id(0). CANDIDATES to SLOTS: powers of 2 that hold chunks * LIVE * 2K, chunks, 2K, K, L and S."""
+    """Image program_id(0). CANDIDATES to BEAMS: powers of 2 that hold chunks * LIVE * 2K, chunks, 2K and K.
+
+    TOKENS and SLOTS are moved at a time.
+    """
     image = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, CANDIDATES)
     width = chunks * 2 * K
@@ -124,25 +133,33 @@ def _step(
     worst = tl.min(tl.where(slot < K, ended_score, float("inf")), 0)
     done = tl.where((worst > -float("inf")) & (worst >= bound / worth), 1, done)
 
-    t, s = tl.arange(0, TOKENS), tl.arange(0, SLOTS)
+    # all beams' columns are read before any of them is overwritten
     kept, fresh = (source < K) & (slot < K), (source >= K) & (slot < K)
     ids = ids_ptr + image * K * L
     ended_ids = ended_ids_ptr + image * K * L
+    for start in range(0, L, TOKENS):
+        t = (start + tl.arange(0, TOKENS))[None, :]
+        inside = (slot < K)[:, None] & (t < L)
+        old_texts = tl.load(ended_ids + source[:, None] * L + t, mask=inside & kept[:, None], other=0)
+        new_texts = tl.load(ids + (source - K)[:, None] * L + t, mask=inside & fresh[:, None], other=0)
+        texts = tl.load(ids + parent[:, None] * L + t, mask=inside, other=0)
+        tl.debug_barrier()
+        tl.store(
+            ended_ids + slot[:, None] * L + t, tl.where(kept[:, None], old_texts, new_texts), mask=inside
+        )
+        texts = tl.where(t == length, newest[:, None].to(tl.int64), texts)
+        tl.store(ids + slot[:, None] * L + t, texts, mask=inside)
     past = past_ptr + image * K * S
-    at = slot[:, None] * L + t[None, :]
-    inside = (slot < K)[:, None] & (t < L)[None, :]
-    old_texts = tl.load(ended_ids + source[:, None] * L + t[None, :], mask=inside & kept[:, None], other=0)
-    new_texts = tl.load(ids + (source - K)[:, None] * L + t[None, :], mask=inside & fresh[:, None], other=0)
-    old_lengths = tl.load(ended_length_ptr + image * K + source, mask=kept, other=0)
-    texts = tl.load(ids + parent[:, None] * L + t[None, :], mask=inside, other=0)
-    sees = (slot < K)[:, None] & (s < S)[None, :]
-    pasts = tl.load(past + parent[:, None] * S + s[None, :], mask=sees, other=0)
-    tl.debug_barrier()  # all is read before any of it is overwritten
-    tl.store(ended_ids + at, tl.where(kept[:, None], old_texts, new_texts), mask=inside)
-    tl.store(ended_length_ptr + image * K + slot, tl.where(kept, old_lengths, length), mask=slot < K)
+    for start in range(0, S, SLOTS):
+        s = (start + tl.arange(0, SLOTS))[None, :]
+        inside = (slot < K)[:, None] & (s < S)
+        pasts = tl.load(past + parent[:, None] * S + s, mask=inside, other=0)
+        tl.debug_barrier()
+        tl.store(past + slot[:, None] * S + s, pasts, mask=inside)
+    lengths = tl.load(ended_length_ptr + image * K + source, mask=kept, other=0)
+    tl.debug_barrier()
+    tl.store(ended_length_ptr + image * K + slot, tl.where(kept, lengths, length), mask=slot < K)
     tl.store(ended_score_ptr + image * K + slot, ended_score, mask=slot < K)
-    tl.store(ids + at, tl.where(t[None, :] == length, newest[:, None].to(tl.int64), texts), mask=inside)
-    tl.store(past + slot[:, None] * S + s[None, :], pasts, mask=sees)
     tl.store(score_ptr + image * K + slot, score, mask=slot < K)
     tl.store(length_ptr + image, length + 1)
     tl.store(done_ptr + image, done.to(tl.int8))
@@ -186,13 +203,14 @@ def step(
 
 def _sizes(live: int, K: int, chunks: int, L: int, S: int) -> dict[str, int]:
     counts = {"CANDIDATES": live * chunks * 2 * K, "CHUNKS": chunks, "RANKS": 2 * K}
-    counts |= {"BEAMS": K, "TOKENS": L, "SLOTS": S}
+    counts |= {"BEAMS": K, "TOKENS": min(L, 64), "SLOTS": min(S, 256)}
     return {"LIVE": live, "K": K} | {name: next_power_of_2(count) for name, count in counts.items()}
 
 
 def _warps(sizes: dict[str, int]) -> int:
     """Of `_step`: one where it suffices, because its many small sums then need no shared memory."""
-    return min(8, max(1, sizes["CANDIDATES"] // 512))
+    texts, pasts = (sizes["BEAMS"] * sizes[name] for name in ("TOKENS", "SLOTS"))
+    return min(8, max(1, max(sizes["CANDIDATES"], 4 * texts, pasts) // 512))
 
 
 def aot_cases(arch: int) -> list[AotCase]:
@@ -212,11 +230,11 @@ def aot_cases(arch: int) -> list[AotCase]:
     state |= dict.fromkeys(("past_ptr", "done_ptr"), "*i8")
     state |= dict.fromkeys(("value_ptr", "sum_ptr", "worth_ptr", "score_ptr", "ended_score_ptr"), "*fp32")
     state |= {"token_ptr": "*i32"} | dict.fromkeys(("chunks", "eos", "L", "S"), "i32")
-    for k, live, running in [(3, 3, False), (3, 1, True), (16, 16, True)]:
-        sizes = _sizes(live, k, chunks, 40, 4 + 36 * k)
+    for k, live, L in [(3, 3, 20), (3, 1, 20), (3, 3, 512), (10, 1, 40), (16, 16, 512), (16, 1, 512)]:
+        sizes = _sizes(live, k, chunks, L, 4 + (L - 4) * k)
         found.append(
             AotCase(
-                f"step {live} of {k} beams", _step, state, {"NORMALISE": True, "RUNNING": running} | sizes,
+                f"step {live} of {k} beams {L} tokens", _step, state, {"NORMALISE": True, "RUNNING": False} | sizes,
                 _warps(sizes), 3,
             )
         )  # fmt: skip

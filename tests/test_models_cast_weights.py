@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,6 +74,22 @@ def test_layers_that_were_replaced_are_gone():
     assert old() is None
     with torch.autocast("cpu", torch.bfloat16), cast_weights(model):
         assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_layers_without_weights_of_their_own_stay_as_they_are():
+    """Pruned ones; replicas, as DataParallel makes them; modules that are None."""
+    model = layers()
+    model.register_module("none", None)
+    pruned = torch.nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    replica = model[2]._replicate_for_data_parallel()
+    replica.weight = model[2].weight.detach().clone()
+    x = torch.randn(2, 6)
+    want = pruned(x)
+    with cast_weights(model, replica, stacks=[[pruned, pruned]]):
+        assert torch.equal(pruned(x), want)
+    with torch.autocast("cpu", torch.bfloat16), cast_weights(model, replica, stacks=[[pruned, pruned]]):
+        assert pruned(x).dtype == torch.bfloat16 and replica.weight.dtype == torch.float32
+        assert model[2].weight.dtype == torch.bfloat16
 
 
 def test_a_weight_that_is_not_used_gets_no_gradient():

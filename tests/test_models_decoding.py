@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from blipfast import precision
+from blipfast import processor
 from blipfast.models import generation
 from blipfast.models.blip import blip_decoder
 from blipfast.models.generation import generate
@@ -141,7 +141,7 @@ def test_a_linear_layer_of_linear_op_gives_the_same(rows, dtype, size, gelu, mon
 )
 @torch.no_grad()
 def test_the_processor_decides_who_multiplies_linear_op(cpu, rows, dtype, onednn, left, monkeypatch):
-    monkeypatch.setattr(precision, "_capabilities", lambda: cpu)
+    monkeypatch.setattr(processor, "_capabilities", lambda: cpu)
     monkeypatch.setattr(linear_op, "ONEDNN_SIZE", 1)
     called = []
     monkeypatch.setattr(linear_op, "_onednn", lambda x, *rest: called.append("onednn") or x)

@@ -7,7 +7,7 @@ import torch
 
 from blipfast.models.blip import blip_decoder
 from blipfast.models.decoding import Decoding
-from blipfast.models.generation import Rules, Waiting, generate, stream
+from blipfast.models.generation import Chosen, Rules, Waiting, generate, stream
 from blipfast.text import train_tokenizer
 
 TOKENIZER = train_tokenizer(["a picture of a dog", "two red apples"], vocab_size=270)
@@ -129,6 +129,32 @@ def test_places_are_filled_from_as_many_batches_as_it_takes(model, prompt, embed
         texts = run(batch_size)
         assert taken[0] == first and sum(taken) == 7
         assert [texts[i][0] for i in range(7)] == [[t for t in row if t != PAD] for row in expected.tolist()]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_running_out_of_memory_while_batches_are_joined_loses_no_image(
+    model, prompt, embeds, mixed, monkeypatch
+):
+    """And a batch with a mask, or of images of other sizes, is not joined with one of another kind."""
+    expected = generate(model.text_decoder, prompt, embeds, num_beams=3, **RULES)
+    together, calls = Chosen.together, []
+
+    def short_of_memory(several):
+        calls.append(len(several))
+        if len(several) > 2:
+            raise torch.OutOfMemoryError("pretended")
+        return together(several)
+
+    monkeypatch.setattr(Chosen, "together", short_of_memory)
+    everything = torch.ones(1, embeds.shape[1], dtype=torch.long)
+    batches = [(one, everything) if mixed and i == 6 else (one,) for i, one in enumerate(embeds.split(1))]
+    if mixed:  # decoded with the others, which have no mask, it could not be
+        with pytest.raises(ValueError):
+            list(stream(model.text_decoder, prompt, batches, Rules(num_beams=3, **RULES), 8))
+        return
+    texts = dict(stream(model.text_decoder, prompt, batches, Rules(num_beams=3, **RULES), 8))
+    assert calls[:3] == [7, 3, 1]
+    assert [texts[i][0] for i in range(7)] == [[t for t in row if t != PAD] for row in expected.tolist()]
 
 
 def test_running_out_of_memory_for_the_encoder_halves_its_batch(model, monkeypatch):

@@ -45,6 +45,13 @@ def test_compiles_as_one_graph(attention_backend):
         assert_near(a, b, 1e-5)
 
 
+@torch.no_grad()
+def test_compiles_as_one_graph_where_the_processor_decides():
+    qkv = random(2, 40, 3, 2, 32).to(torch.bfloat16)
+    got = torch.compile(attention_qkv, backend="aot_eager", fullgraph=True)(qkv)
+    assert_near(got, attention_qkv(qkv), 1e-2)
+
+
 def test_what_one_projection_made_may_stay_together(attention_backend):
     """Results and gradients are those of queries, keys and values apart; a gradient is one tensor."""
     qkv, kv = random(7, 3, 2, 32), random(2, 9, 2, 2, 32, seed=1)

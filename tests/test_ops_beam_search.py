@@ -103,7 +103,13 @@ def same(state: Beams, want: list[dict], length: int) -> None:
 # images, beams, live ones, tokens, slots, vocabulary; a vocabulary of several chunks, of which the last is nearly empty
 @pytest.mark.parametrize(
     "n, k, live, L, S, V",
-    [(9, 3, 3, 8, 14, 130), (5, 3, 1, 8, 14, 65), (6, 2, 2, 5, 3, 11), (2, 5, 5, 9, 33, 200)],
+    [
+        (9, 3, 3, 8, 14, 130),
+        (5, 3, 1, 8, 14, 65),
+        (6, 2, 2, 5, 3, 11),
+        (2, 5, 5, 9, 33, 200),
+        (2, 3, 3, 70, 300, 40),
+    ],
 )
 def test_a_step_is_that_of_a_plain_loop(n, k, live, L, S, V, dtype, log_probs, running, backend):
     length, state, x = 4, beams(n, k, L, S, 4), logits(n, live, V, dtype)

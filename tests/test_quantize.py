@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from blipfast import precision
+from blipfast import processor
 from blipfast import quantize as module
 from blipfast.config_checks import _CHOICES
 from blipfast.models.blip import blip_decoder
@@ -204,7 +204,7 @@ def test_int8_stays_exact_enough_on_processors_that_add_in_16_bits():
     ],
 )
 def test_bf16_is_the_default_of_processors_that_multiply_it_fast(capabilities, fast, monkeypatch):
-    monkeypatch.setattr(precision, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(processor, "_capabilities", lambda: capabilities)
     assert fast_bf16("cpu") == fast
     assert dtype_of("auto", "cpu") == (torch.bfloat16 if fast else torch.float32)
 

@@ -38,7 +38,7 @@ def _make(device, n, k, dtype):
     begin = [score.clone(), state.length.clone()]
 
     def step(logits, worth):
-        """The same step every time: scores and lengths are put back."""
+        """The same scores every time: they and the lengths are put back; the work depends on nothing else."""
         torch._foreach_copy_([state.score, state.length], begin)
         beam_step(logits, state, worth, eos=102)
         return state.score

@@ -174,8 +174,9 @@ class BLIP_Decoder(nn.Module):
         """Captions of many pictures, in batches [B, 3, S, S] of any number: a list for each picture, in order.
 
         A picture whose captions are finished leaves, and the next takes its place. batch_size: pictures decoded at a
-        time, unless given 128 on a GPU, and on a CPU those of a batch. Where memory runs out for a batch or for these,
-        they are halved. Other `rules`: as of `generate`.
+        time; unless given, those of a batch on a CPU, and 128 of 3 beams on a GPU if that takes no more than a quarter
+        of its free memory, which is kept for the next call (see `recorded`). Where memory runs out for a batch or for
+        these, they are halved. Other `rules`: as of `generate`.
         """
         rules = Rules(**self.rules(sample, num_beams, repetition_penalty), **rules)
         prompt = self.prompt_ids(self.text_decoder.cls.predictions.bias.device)

@@ -33,7 +33,7 @@ def cast_weights(*modules: nn.Module, stacks: Iterable[Sequence[nn.Linear]] = ()
     as_one = [tuple(stack) for stack in stacks if _alike(stack)]
     used = set(itertools.chain(*as_one))
     layers = [*((layer,) for layer in _linear(modules) if layer not in used), *as_one]
-    groups = [(each, name) for each in layers for name in NAMES if _fits(each[0]._parameters[name])]
+    groups = [(each, name) for each in layers for name in NAMES if _fits(each[0]._parameters.get(name))]
     dtype = None
     if groups and not torch.compiler.is_compiling():
         dtype = autocast_dtype(groups[0][0][0]._parameters[groups[0][1]])
@@ -71,17 +71,18 @@ def _linear(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
     for module in modules:
         if type(module) is nn.Linear:
             yield module
-        elif module._modules:
+        elif module is not None and module._modules:
             yield from _linear(module._modules.values())
 
 
 def _fits(weight: Tensor | None) -> bool:
+    """None where a layer has no such parameter of its own: no bias, a replica, a pruned layer."""
     return weight is not None and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
 
 
 def _alike(stack: Sequence[nn.Linear]) -> bool:
     """Whether all of a stack's weights can be cast, and all or none of them learn."""
-    every = [layer._parameters[name] for layer in stack for name in NAMES]
+    every = [layer._parameters.get(name) for layer in stack for name in NAMES]
     return all(map(_fits, every)) and len({weight.requires_grad for weight in every}) == 1
 
 

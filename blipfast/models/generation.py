@@ -23,7 +23,7 @@ from .image_memory import image_memory
 from .med import BertConfig, BertLMHeadModel
 from .search import BeamSearch, Draws
 
-PLACES = 128  # on a GPU, whose step for so many images takes hardly longer than one for few
+ROWS = 384  # of texts at a time on a GPU, whose step for so many takes hardly longer than one for few
 TOP_K = 50  # official sampling also keeps only the 50 likeliest tokens (transformers' default)
 
 
@@ -121,22 +121,38 @@ def stream(
     """(number of the image, its texts' token ids), in the order in which they are finished.
 
     batches: (image_embeds [B, N, D_v], image_mask [B, N] or None), taken when a place is free. batch_size: images
-    decoded at a time, of as many batches as it takes; fewer where memory does not suffice. Unless given, 128 on a GPU
-    and those of a batch on a CPU.
+    decoded at a time, of as many batches as it takes; fewer where memory does not suffice. Unless given, see `places`.
     """
     rules.check(len(prompt), decoder.config)
     waiting = Waiting(iter(batches), rules)
     while waiting.more():
-        if batch_size is None:
-            batch_size = max(len(waiting.queue[0].numbers), PLACES if prompt.is_cuda else 1)
+        batch_size = batch_size or places(decoder, prompt, waiting.queue[0].embeds, rules)
+        enough = True
         try:
             yield from decode(decoder, prompt, waiting, rules, batch_size)
         except torch.OutOfMemoryError:
             if batch_size == 1 or waiting.broken:
                 raise
+            enough = False
+        if not enough:  # only now is free what the error's traceback held
             recorded.forget(decoder)
             batch_size = max(1, min(batch_size, waiting.largest) // 2)
             waiting.put_back()
+
+
+def places(decoder: BertLMHeadModel, prompt: Tensor, embeds: Tensor, rules: Rules) -> int:
+    """How many images to decode at a time, which come in batches like `embeds`.
+
+    On a CPU one batch. On a GPU as many as have `ROWS` texts, 128 of 3 beams, if keys and values of theirs take no more
+    than a quarter of the memory that is free.
+    """
+    if not embeds.is_cuda:
+        return len(embeds)
+    config, rows = decoder.config, rules.num_return if rules.sample else rules.num_beams
+    tokens = embeds.shape[1] + text_rows(rows, len(prompt), rules.max_length)
+    each = 2 * config.num_hidden_layers * config.hidden_size * tokens * embeds.element_size()
+    free, _ = torch.cuda.mem_get_info(embeds.device)
+    return max(len(embeds), min(ROWS // rows, free // (4 * each)))
 
 
 def decode(
@@ -178,6 +194,11 @@ class Chosen:
         tensors = (self.embeds, self.mask, self.draws)
         return Chosen(self.numbers[here], *(None if x is None else x[here] for x in tensors))
 
+    def like(self, other: Chosen) -> bool:
+        """Whether both fit into one batch."""
+        masks = (self.mask is None) == (other.mask is None)
+        return masks and self.embeds.shape[1:] == other.embeds.shape[1:]
+
     @staticmethod
     def together(several: list[Chosen]) -> Chosen:
         if len(several) == 1:
@@ -200,53 +221,53 @@ class Waiting:
 
     def more(self) -> bool:
         """Whether an image waits; takes the next batch if none does."""
-        while not self.queue:
-            try:
+        try:
+            while not self.queue:
                 embeds, *mask = next(self.batches)
-            except StopIteration:
-                return False
-            except torch.OutOfMemoryError:
-                self.broken = True
-                raise
-            if not len(embeds):
-                continue
-            finite = embeds.flatten(1).isfinite().all(1)
-            if not finite.all():
-                number = self.count + int(finite.logical_not().nonzero()[0])
-                raise ValueError(
-                    f"Image {number} gives states that are not finite: is there NaN in its pixels?"
-                )
-            numbers = list(range(self.count, self.count + len(embeds)))
-            self.count += len(embeds)
-            # drawn in the order of the images, so that texts do not depend on who is decoded with whom
-            draws = None
-            if self.rules.sample:
-                draws = torch.rand(len(embeds), self.rules.num_return, self.rules.max_length).to(
-                    embeds.device
-                )
-            self.queue.append(Chosen(numbers, embeds, mask[0] if mask else None, draws))
+                if len(embeds):
+                    self.add(embeds, mask[0] if mask else None)
+        except StopIteration:
+            return False
+        except torch.OutOfMemoryError:
+            self.broken = True
+            raise
         return True
 
+    def add(self, embeds: Tensor, mask: Tensor | None) -> None:
+        """Let a batch wait. Raises ValueError for states that are not finite."""
+        finite = embeds.flatten(1).isfinite().all(1)
+        if not finite.all():
+            number = self.count + int(finite.logical_not().nonzero()[0])
+            raise ValueError(f"Image {number} gives states that are not finite: is there NaN in its pixels?")
+        numbers = list(range(self.count, self.count + len(embeds)))
+        self.count += len(embeds)
+        # drawn in the order of the images, so that texts do not depend on who is decoded with whom
+        draws = None
+        if self.rules.sample:
+            draws = torch.rand(len(embeds), self.rules.num_return, self.rules.max_length).to(embeds.device)
+        self.queue.append(Chosen(numbers, embeds, mask, draws))
+
     def take(self, most: int) -> Chosen:
-        """Up to `most` images of those that wait longest, of as many batches as it takes."""
+        """Up to `most` images of those that wait longest, of as many batches as it takes and as are alike."""
         taken: list[Chosen] = []
-        while most and self.more():
+        while most and self.more() and (not taken or self.queue[0].like(taken[0])):
             batch = self.queue.pop(0)
             taken.append(batch.part(slice(0, most)))
             rest = batch.part(slice(most, None))
             if rest.numbers:
                 self.queue.insert(0, rest)
             most -= len(taken[-1].numbers)
-        chosen = Chosen.together(taken)
-        self.largest = max(self.largest, len(chosen.numbers))
-        self.running |= {number: chosen.part(slice(i, i + 1)) for i, number in enumerate(chosen.numbers)}
-        return chosen
+            # before memory is asked for, so that nobody is forgotten
+            self.running |= {
+                number: taken[-1].part(slice(i, i + 1)) for i, number in enumerate(taken[-1].numbers)
+            }
+        self.largest = max(self.largest, sum(len(one.numbers) for one in taken))
+        return Chosen.together(taken)
 
     def finished(self, number: int) -> None:
         del self.running[number]
 
     def put_back(self) -> None:
         """Everything that was being decoded waits again."""
-        if self.running:
-            self.queue.insert(0, Chosen.together(list(self.running.values())))
+        self.queue[:0] = self.running.values()
         self.running = {}

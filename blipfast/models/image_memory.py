@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from blipfast.ops.attention import apart, attention
-from blipfast.ops.attention_torch import products_win
 from blipfast.ops.linear import linear
+from blipfast.processor import products_win
 
 from .med import BertEncoder, BertSelfAttention
 from .packed import ImageStates, image_states

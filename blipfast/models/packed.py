@@ -127,9 +127,11 @@ class Part:
 
     def stack(self, i: int, final: bool) -> list[nn.Linear] | None:
         """Layer i's projections, if queries, keys and values are made by one matrix product."""
+        if i == 0 and self.text.begun is not None or final and self.rows is not None:
+            return None
         inner = self.model.encoder.layer[i].attention.self
         layers = [inner.query, inner.key, inner.value]
-        return layers if stackable(layers) and not (final and self.rows is not None) else None
+        return layers if stackable(layers) else None
 
     def attend(self, i: int, states: Tensor, final: bool, joined: tuple[Tensor, Tensor] | None) -> Tensor:
         """Layer i's self-attention block over this part's states; of the final layer only the rows that are read.

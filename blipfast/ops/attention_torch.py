@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..precision import cpu_has
+from ..processor import products_win
 from .attention_layout import Layout
 
 SHORT = 256  # keys up to which, in bf16 on a CPU, the formula is faster than SDPA in fp32
@@ -35,14 +35,6 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
     elif mask is not None:
         scores = scores + mask
     return scores.softmax(-1, dtype=torch.float32)
-
-
-def products_win(dtype: torch.dtype) -> bool:
-    """Whether on this CPU two products and a softmax are faster than SDPA: twice, in bf16 by AVX-512 without AMX.
-
-    Scores are rounded then, as by plain PyTorch.
-    """
-    return dtype == torch.bfloat16 and cpu_has("avx512_bf16") and not cpu_has("amx_bf16")
 
 
 def in_parts(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

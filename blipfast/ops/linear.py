@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfast.precision import cpu_has, cpu_is_amd
+from ..processor import cpu_has, cpu_is_amd
 
 # for how many rows each is faster, and for matrices of how many numbers; on a Xeon with AMX
 ONEDNN_WINS, ONEDNN_SIZE = range(4, 129), 2**20  # fp32
