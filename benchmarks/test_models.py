@@ -107,8 +107,12 @@ BATCH = 4
 
 
 def test_pretraining_step(contest):
-    steps = {which: step_of(which, Models("cpu", 224), BATCH) for which in ("reference", "ours")}
-    ratios = contest("pretrain_step_224", in_our_words(steps), per=BATCH, rounds=ROUNDS)
+    def step(which: str, bf16: bool = False):
+        return step_of(which, Models("cpu", 224), BATCH, bf16)
+
+    steps = {"reference": step("reference"), "blipfast": step("ours")}
+    low = {"reference bf16": step("reference", True), "blipfast bf16": step("ours", True)}
+    ratios = contest("pretrain_step_224", steps | low, per=BATCH, rounds=ROUNDS)
     assert ratios["blipfast"] >= 1.5
 
 
