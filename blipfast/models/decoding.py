@@ -34,9 +34,8 @@ class Decoding:
         self.cache = [like.new_zeros(shape) for _ in decoder.bert.encoder.layer]  # keys and values
         self.past = torch.zeros(len(images), beams, slots, dtype=torch.bool, device=like.device)
         self.past[..., :prompt] = True
-        self.slots = (
-            torch.arange(beams, device=like.device) + prompt - prompt * beams
-        )  # at position 0, counted on
+        # of each beam's token at position 0, if the beams began there and not after the prompt
+        self.slots = torch.arange(beams, device=like.device) + prompt - prompt * beams
         self.weights = self.stack()
 
     def put(self, first: int, images: ImageMemory) -> None:
