@@ -107,12 +107,10 @@ BATCH = 4
 
 
 def test_pretraining_step(contest):
-    def step(which: str, bf16: bool = False):
-        return step_of(which, Models("cpu", 224), BATCH, bf16)
-
-    steps = {"reference": step("reference"), "blipfast": step("ours")}
-    low = {"reference bf16": step("reference", True), "blipfast bf16": step("ours", True)}
-    ratios = contest("pretrain_step_224", steps | low, per=BATCH, rounds=ROUNDS)
+    models = Models("cpu", 224)
+    steps = {which: step_of(which, models, BATCH) for which in ("reference", "ours")}
+    low = {"blipfast bf16": step_of("ours", models, BATCH, bf16=True)}
+    ratios = contest("pretrain_step_224", in_our_words(steps) | low, per=BATCH, rounds=ROUNDS)
     assert ratios["blipfast"] >= 1.5
 
 
