@@ -99,13 +99,14 @@ def cached_attention(
 
 
 def aot_cases(arch: int) -> list[AotCase]:
-    config, found = lookup("cached_attention", arch), []
+    found = []
     integers = dict.fromkeys(("q", "S", "H", "mask_n", "mask_q"), "i32")
     strides = dict.fromkeys(("cache_n", "cache_s", "cache_kv"), "i32:16")
     pointers = {"slot_ptr": "*i64", "mask_ptr": "*i8"}
     for dtype, D in [("bf16", 64), ("fp16", 32), ("bf16", 128), ("fp32", 64)]:
         types = dict.fromkeys(("qkv_ptr", "cache_ptr", "o_ptr"), f"*{dtype}") | pointers | integers | strides
         constants = {"D": D, "PRECISION": "ieee"}
+        config = lookup("cached_attention", arch, "float32" if dtype == "fp32" else f"D={D}")
         case = aot_case(f"{dtype} D={D}", _cached_attention, types | {"scale": "fp32"}, constants, config)
         found.append(replace(case, tensor_cores=False if dtype == "fp32" else "mma"))
     return found

@@ -62,7 +62,7 @@ def cached_attention(qkv: Tensor, cache: Tensor, slots: Tensor, mask: Tensor) ->
 def _kernel(qkv, cache, slots, mask, scale):
     from ..kernels.cached_attention import cached_attention
 
-    config = tuned(OP, "default", qkv, _INTERPRETED)
+    config = tuned(OP, f"D={qkv.shape[-1]}", qkv, _INTERPRETED)
     return cached_attention(qkv, cache, slots, mask, scale, input_precision(), config)
 
 
