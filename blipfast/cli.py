@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 141  # what shells make of SIGPIPE
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("BLIPFAST_TRACEBACK"):
             raise

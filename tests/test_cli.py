@@ -61,6 +61,28 @@ def blipfast(capsys, *args):
     return code, out, err
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`blipfast caption ... | head`."""
+    code = """
+import argparse, sys
+from blipfast import cli
+def run(args):
+    for i in range(10**6):
+        print(i)
+parser = argparse.ArgumentParser()
+parser.set_defaults(run=run)
+cli.make_parser = lambda: parser
+sys.exit(cli.main([]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as running:
+        assert running.stdout.readline().strip() == b"0"
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait() == 141
+
+
 @pytest.mark.parametrize("args", [["--help"], ["caption", "--help"], ["tokenizer", "train", "--help"]])
 def test_help_is_shown_without_loading_torch(args):
     code = (
