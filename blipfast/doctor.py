@@ -91,13 +91,24 @@ def gpu() -> str:
 
 
 def operations() -> dict[str, str]:
-    """Who serves each operation on each device, and why; see `blipfast.backends` for how to overrule it."""
+    """What precision "auto" is, who serves each operation on each device, and why.
+
+    See `blipfast.backends` for how to overrule the latter.
+    """
     try:
+        import torch
+
         from . import backends, ops
+        from .precision import dtype_of
     except (ImportError, OSError) as error:
         return {"operations": f"unknown, torch does not load ({error})"}
     ops.load_all()
-    return {f"{op} ({device})": f"{name}: {why}" for op, device, name, why in backends.describe()}
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    lines = {
+        f"precision auto ({device})": str(dtype_of("auto", device)).removeprefix("torch.")
+        for device in devices
+    }
+    return lines | {f"{op} ({device})": f"{name}: {why}" for op, device, name, why in backends.describe()}
 
 
 def apex() -> str:

@@ -286,6 +286,8 @@ def test_doctor_reports_the_installation(capsys):
         "xformers",
         "simplejpeg",
         "apex",
+        "precision auto (cpu)",
+        "cached_attention (cpu)",
     ):
         assert any(line.startswith(f"{name} ") for line in out.splitlines())
 
