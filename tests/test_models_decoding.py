@@ -171,6 +171,10 @@ def test_layers_that_are_not_plain_are_called_as_they_are():
     hooked, seen = nn.Linear(4, 4), []
     hooked.register_forward_hook(lambda layer, args, y: seen.append(y))
     assert linear(hooked, x) is seen[0]
+    learned = nn.Linear(4, 4)
+    learned.register_full_backward_hook(lambda layer, inputs, outputs: seen.append("backward"))
+    linear(learned, x).sum().backward()
+    assert seen[-1] == "backward"
 
 
 def test_a_linear_layer_has_gradients(monkeypatch):

@@ -28,7 +28,8 @@ def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
 
     Layers that are not plain `nn.Linear` (int8), or have hooks, are called as they are.
     """
-    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    if type(layer) is nn.Linear and not any(hooks):  # ZeRO-3 brings the weight by a hook
         return product(x, layer.weight, layer.bias, gelu)
     y = layer(x)
     return F.gelu(y) if gelu else y
