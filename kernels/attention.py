@@ -27,10 +27,8 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import cdiv
+from .tiles import LN2, LOG2E, cdiv
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 TAIL = tl.constexpr(16)  # width of the tiles at a segment's end: the least that tl.dot takes
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .aot import AotCase
 from .attention import (
-    LOG2E,
     TAIL,
     Segments,
     cases_of,
@@ -33,6 +32,7 @@ from .attention import (
     span,
     thresholds,
 )
+from .tiles import LOG2E
 
 
 @triton.jit

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import cdiv, next_power_of_2
+from .tiles import NEVER, cdiv, next_power_of_2
 
 NOWHERE = tl.constexpr(2**31 - 1)
-LOW = tl.constexpr(-1e30)  # instead of -inf, which taken from itself is NaN
 
 
 @triton.jit
@@ -49,7 +48,7 @@ def _best(
     v = chunk * BLOCK + tl.arange(0, BLOCK)
     free = v < V
     x = tl.load(x_ptr + beam * V + v, mask=free, other=-float("inf")).to(tl.float32)
-    top = tl.maximum(tl.max(x, 0), LOW)
+    top = tl.maximum(tl.max(x, 0), NEVER)
     here = beam * tl.num_programs(1) + chunk
     tl.store(sum_ptr + 2 * here, top)
     tl.store(sum_ptr + 2 * here + 1, tl.sum(tl.exp(x - top), 0))
@@ -85,7 +84,7 @@ def _step(
     for b in range(LIVE):
         if NORMALISE:
             at = sum_ptr + ((image * LIVE + b) * chunks + chunk) * 2
-            tops = tl.load(at, mask=chunk < chunks, other=LOW)
+            tops = tl.load(at, mask=chunk < chunks, other=NEVER)
             top = tl.max(tops, 0)
             total = tl.load(at + 1, mask=chunk < chunks, other=0.0) * tl.exp(tops - top)
             value = tl.where(beam == b, value - (top + tl.log(tl.sum(total, 0))), value)

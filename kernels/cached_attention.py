@@ -22,16 +22,13 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import aot_case
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LOW = tl.constexpr(-1e30)  # instead of -inf, which taken from itself is NaN
+from .tiles import LOG2E, NEVER, aot_case
 
 
 @triton.jit
 def _add(acc, total, top, query, key, value, sees, scale, PRECISION: tl.constexpr):
     """Take keys and values up: sums of values and of weights, and the largest score so far."""
-    s = tl.where(sees, tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E), LOW)
+    s = tl.where(sees, tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E), NEVER)
     higher = tl.maximum(top, tl.max(s, 1))
     p = tl.where(sees, tl.exp2(s - higher[:, None]), 0.0)
     shrink = tl.exp2(top - higher)
@@ -57,7 +54,7 @@ def _cached_attention(
     acc, total, top = (
         tl.zeros([BM, D], tl.float32),
         tl.zeros([BM], tl.float32),
-        tl.full([BM], LOW, tl.float32),
+        tl.full([BM], NEVER, tl.float32),
     )
     own = tl.load(seen + slot[None, :], mask=token & (i < q)[None, :], other=0) != 0
     acc, total, top = _add(acc, total, top, query, key, value, own, scale, PRECISION)

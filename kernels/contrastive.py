@@ -29,12 +29,9 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import aot_case, cdiv, next_power_of_2
+from .tiles import LN2, LOG2E, NEVER, aot_case, cdiv, next_power_of_2
 
 MAX_E = 256
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NEVER = tl.constexpr(-1e30)  # a logit that counts for nothing; infinity would give inf - inf
 DS_SCALE = 2.0**14  # |ds| <= 1, most of it near 1 / N
 SUMS = 8  # a row and share
 MERGED = 5  # a row

@@ -21,10 +21,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NEVER = tl.constexpr(-1e30)  # a logit that counts for nothing; infinity would give inf - inf
+from .tiles import LN2, LOG2E, NEVER
 
 
 @triton.jit

@@ -9,6 +9,9 @@ import triton.language as tl
 
 from .aot import AotCase
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NEVER = tl.constexpr(-1e30)  # a logit that counts for nothing; infinity would give inf - inf
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 

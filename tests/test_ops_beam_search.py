@@ -82,7 +82,7 @@ def by_hand(
     return found
 
 
-def same(state: Beams, want: list[dict], length: int) -> None:
+def check_same(state: Beams, want: list[dict], length: int) -> None:
     for i, image in enumerate(want):
         ended = [
             (float(s), t[: int(z)])
@@ -119,7 +119,7 @@ def test_a_step_is_that_of_a_plain_loop(n, k, live, L, S, V, dtype, log_probs, r
     want = by_hand(x, state, worth, 0, log_probs, running)
     before = x.clone()
     beam_step(x, state, torch.tensor(worth, device=DEVICE), eos=EOS, log_probs=log_probs, running=running)
-    same(state, want, length)
+    check_same(state, want, length)
     assert torch.equal(x, before), "the caller's"
     assert {image["done"] for image in want} == {True, False} or n < 5
 
@@ -129,14 +129,14 @@ def test_no_text_ends_before_its_length(backend):
     for min_length in (4, 5):
         ours = copy.deepcopy(state)
         beam_step(x, ours, torch.tensor(worth, device=DEVICE), eos=EOS, min_length=min_length)
-        same(ours, by_hand(x, state, worth, min_length, False, False), 4)
+        check_same(ours, by_hand(x, state, worth, min_length, False, False), 4)
 
 
 def test_more_beams_than_the_kernel_takes_are_served_by_pytorch(backend):
     state, x, worth = beams(2, 17, 6, 5, 4), logits(2, 17, 300), [1.0] * 7
     want = by_hand(x, state, worth, 0, False, False)
     beam_step(x, state, torch.tensor(worth, device=DEVICE), eos=EOS)
-    same(state, want, 4)
+    check_same(state, want, 4)
 
 
 def test_changing_some_of_the_images_leaves_the_others(backend):
@@ -144,7 +144,7 @@ def test_changing_some_of_the_images_leaves_the_others(backend):
     before, some = copy.deepcopy(state), slice(1, 4)
     want = by_hand(x[some], state.at(some), worth, 0, False, False)
     beam_step(x[some], state.at(some), torch.tensor(worth, device=DEVICE), eos=EOS)
-    same(state.at(some), want, 4)
+    check_same(state.at(some), want, 4)
     for ours, theirs in zip(state.tensors(), before.tensors(), strict=True):
         assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[4], theirs[4])
 
@@ -156,14 +156,15 @@ def test_logits_that_are_no_numbers_touch_nothing_else(backend):
     x[1] = torch.nan
     beam_step(x, state, torch.ones(9, device=DEVICE), eos=EOS)
     for i in (0, 2):
-        same(state.at(slice(i, i + 1)), want[i : i + 1], 4)
+        check_same(state.at(slice(i, i + 1)), want[i : i + 1], 4)
     assert (state.ids[1] < 100).all() and (state.ids[1] >= 0).all()
 
 
 def test_no_images_are_no_work(backend):
-    beam_step(
-        logits(1, 3, 50)[:0], beams(1, 3, 8, 5, 4).at(slice(0, 0)), torch.ones(9, device=DEVICE), eos=EOS
-    )
+    state = beams(1, 3, 8, 5, 4)
+    before = copy.deepcopy(state)
+    beam_step(logits(1, 3, 50)[:0], state.at(slice(0, 0)), torch.ones(9, device=DEVICE), eos=EOS)
+    assert all(map(torch.equal, state.tensors(), before.tensors()))
 
 
 def test_the_operator_passes_pytorchs_own_check(triton):

@@ -16,7 +16,7 @@ from blipfast.ops.cached_attention import cached_attention
 from blipfast.ops.linear import linear
 
 from .image_memory import ImageMemory
-from .med import BertLMHeadModel, BertOutput, BertSelfAttention, BertSelfOutput, residual_norm
+from .med import BertLMHeadModel, BertSelfAttention
 from .packing import stackable, stacked
 
 
@@ -89,15 +89,11 @@ class Decoding:
             context = cached_attention(qkv.to(cache.dtype), cache[here], slots, mask).flatten(2)
             if last_only and i == len(self.cache) - 1:
                 x, context = x[:, -1:], context[:, -1:]
-            x = close(block.output, context, x)
+            x = block.output(context, x)
             block = layer.crossattention
             context = self.images.context(i, block.self, x, here)
-            x = close(block.output, context, x)
-            inner = linear(layer.intermediate.dense, x, gelu=True)
-            x = close(layer.output, inner, x)
-        head = self.decoder.cls.predictions
-        x = head.transform.LayerNorm(linear(head.transform.dense, x, gelu=True))
-        return linear(head.decoder, x)
+            x = layer.feed_forward(block.output(context, x))
+        return self.decoder.cls(x)
 
     def project(self, i: int, block: BertSelfAttention, x: Tensor) -> Tensor:
         """Layer i's queries, keys and values of x [n, q, D]: [n, q, 3, H, d]."""
@@ -120,11 +116,6 @@ class Decoding:
         for old, new in zip(self.weights or (), self.stack() or ()):
             for mine, theirs in zip(old, new):
                 mine.copy_(theirs)
-
-
-def close(output: BertSelfOutput | BertOutput, branch: Tensor, x: Tensor) -> Tensor:
-    """What `output(branch, x)` gives, of few rows: projection, residual, LayerNorm."""
-    return residual_norm(output, linear(output.dense, branch), x)
 
 
 def text_rows(beams: int, prompt: int, max_length: int) -> int:

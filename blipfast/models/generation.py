@@ -148,18 +148,22 @@ def places(decoder: BertLMHeadModel, prompt: Tensor, embeds: Tensor, rules: Rule
     """
     if not embeds.is_cuda:
         return len(embeds)
-    config, rows = decoder.config, rules.num_return if rules.sample else rules.num_beams
+    config, rows = decoder.config, search_of(rules).rows(rules)
     tokens = embeds.shape[1] + text_rows(rows, len(prompt), rules.max_length)
     each = 2 * config.num_hidden_layers * config.hidden_size * tokens * embeds.element_size()
     free, _ = torch.cuda.mem_get_info(embeds.device)
     return max(len(embeds), min(ROWS // rows, free // (4 * each)))
 
 
+def search_of(rules: Rules) -> type[BeamSearch] | type[Draws]:
+    return BeamSearch if rules.num_beams > 1 and not rules.sample else Draws
+
+
 def decode(
     decoder: BertLMHeadModel, prompt: Tensor, waiting: Waiting, rules: Rules, most: int
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """Decode until nothing waits, at most so many images at a time."""
-    kind = BeamSearch if rules.num_beams > 1 and not rules.sample else Draws
+    kind = search_of(rules)
     sizes = (kind.rows(rules), len(prompt), rules.max_length)
     search: Draws | BeamSearch | None = None
     like = None

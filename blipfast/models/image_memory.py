@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blipfast.ops.attention import apart, attention
+from blipfast.ops.attention import attention
 from blipfast.ops.linear import linear
 from blipfast.processor import products_win
 
@@ -63,7 +63,8 @@ class KeysValues(ImageMemory):
     """Every layer's keys and values, each [M, N, H, d]."""
 
     def __init__(self, images: ImageStates):
-        super().__init__([x for layer in images.layers for x in apart((layer[0], *layer))[1:]], images.mask)
+        pairs = (layer if len(layer) == 2 else layer[0].unbind(2) for layer in images.layers)
+        super().__init__([x for key_value in pairs for x in key_value], images.mask)
 
     def context(self, i: int, block: BertSelfAttention, x: Tensor, here: slice) -> Tensor:
         key, value = (states[here].transpose(1, 2) for states in self.tensors[2 * i : 2 * i + 2])

@@ -269,7 +269,7 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(hidden_states)))
+        return self.LayerNorm(linear(self.dense, hidden_states, gelu=True))
 
 
 class BertLMPredictionHead(nn.Module):
@@ -282,7 +282,7 @@ class BertLMPredictionHead(nn.Module):
         self.bias = self.decoder.bias
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.decoder(self.transform(hidden_states))
+        return linear(self.decoder, self.transform(hidden_states))
 
 
 class BertOnlyMLMHead(nn.Module):

@@ -139,11 +139,6 @@ class Search:
         scores[..., eos] = scores[..., eos].masked_fill(self.length[here] < self.rules.min_length, -torch.inf)
         return scores
 
-    def write(self, here: slice, tokens: Tensor) -> None:
-        """Append tokens [n, k] to the texts of images."""
-        self.ids[here].scatter_(2, self.length[here, :, None].expand(*tokens.shape, 1), tokens[..., None])
-        self.length[here] += 1
-
     def choose(self, here: slice, logits: Tensor) -> None:
         """Add a token to each text of images from logits [n, 1 or k, V]."""
         raise NotImplementedError
@@ -184,6 +179,11 @@ class Draws(Search):
         ended |= tokens == rules.eos_token_id
         self.done[here] = ended.all(1)
         self.write(here, tokens)
+
+    def write(self, here: slice, tokens: Tensor) -> None:
+        """Append tokens [n, k] to the texts of images."""
+        self.ids[here].scatter_(2, self.length[here, :, None].expand(*tokens.shape, 1), tokens[..., None])
+        self.length[here] += 1
 
     def texts(self, places: list[int], cut: list[int]) -> list[list[list[int]]]:
         found = self.ids[self.index(places)].tolist()

@@ -62,7 +62,7 @@ class Attention(KeepsAttention):
         """The first row of `forward`, [B, 1, D]: keys and values of all tokens, the query of one."""
         B, N, D = x.shape
         weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(x[:, :1], weight[:D], None if bias is None else bias[:D])
+        q = product(x[:, :1], weight[:D], None if bias is None else bias[:D])
         key_value = product(x, weight[D:], None if bias is None else bias[D:])
         k, v = key_value.view(B, N, 2, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         q = q.view(B, 1, self.num_heads, -1).transpose(1, 2)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from blipfast.caption_metrics import caption_metrics
 from blipfast.config import Config
@@ -25,9 +24,10 @@ from blipfast.models import gather
 from blipfast.models.blip import BLIP_Decoder
 from blipfast.ptb import tokenize
 
+from .captioning import captions_of
 from .finetune import FineTuneTask, Trainable, model_settings, write_json
 from .report import Caption, Gallery, sample, write_gallery
-from .sharing import collect, from_main, my_share
+from .sharing import from_main, my_share
 
 View = CaptionView | NoCapsView
 
@@ -71,16 +71,8 @@ class CaptionTask(FineTuneTask):
         model.prompt = settings.prompt or model.prompt
         pictures, share = Prepared(view, config.model.image_size), my_share(len(view))
         batches = in_batches(pictures, share, settings.batch_size, config.data.workers)
-        stream = model.generate_stream(
-            (batch.to(device) for _, batch in batches),
-            num_beams=settings.num_beams,
-            max_length=settings.max_length,
-            min_length=settings.min_length,
-            repetition_penalty=settings.repetition_penalty,
-        )
-        bar = tqdm(stream, "captioning", len(share), leave=False, disable=gather.rank() > 0 or None)
-        written = {i: texts[0] for i, texts in zip(share, bar, strict=True)}
-        captions = collect(written, len(view))
+        on_device = (batch.to(device) for _, batch in batches)
+        captions = captions_of(model, on_device, share, len(view), settings)
         write_json(output / f"{split}.json", results(view, captions, config.data.format))
         metrics = from_main(lambda: score(view, captions, settings.scorer))
         if gather.rank() == 0 and settings.gallery:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blipfast.config import Config
 from blipfast.data.karpathy import RetrievalView
@@ -17,9 +16,10 @@ from blipfast.models import gather
 from blipfast.models.run import load_captioner, load_matcher
 from blipfast.quantize import prepare
 
+from .captioning import captions_of
 from .report import Caption, Gallery, Hit, ImageQuery, TextQuery, sample, write_gallery
 from .scoring import Collection, Scores, chunks
-from .sharing import collect, my_share
+from .sharing import my_share
 
 HITS = 5  # shown for each query in the gallery
 
@@ -58,15 +58,8 @@ def _evaluate(
 
     captioner = prepare(load_captioner(model, prompt=settings.prompt), settings.precision, device)
     share = list(my_share(len(test)))
-    stream = captioner.generate_stream(
-        (load(indices).to(device) for indices in chunks(share, settings.batch_size)),
-        num_beams=settings.num_beams,
-        max_length=settings.max_length,
-        min_length=settings.min_length,
-        repetition_penalty=settings.repetition_penalty,
-    )
-    made = tqdm(stream, total=len(share), desc="captioning", leave=False, disable=gather.rank() > 0 or None)
-    captions = collect({i: texts[0] for i, texts in zip(share, made)}, len(test))
+    batches = (load(indices).to(device) for indices in chunks(share, settings.batch_size))
+    captions = captions_of(captioner, batches, share, len(test), settings)
     truths = [[test.text[t] for t in texts] for texts in img2txt]
     exact = sum(caption in truth for caption, truth in zip(captions, truths, strict=True))
     metrics |= {"caption_exact": 100 * exact / len(test), "images": len(test), "texts": len(test.text)}
