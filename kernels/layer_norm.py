@@ -9,8 +9,9 @@
 Shapes: x, residual, y, z and their gradients [T, D], contiguous; weight, bias [D]; mean, rstd [T] fp32. D <= 4096.
 The dtypes of x, residual, y, z, weight may differ; z is rounded to its own before its statistics are taken, which are
 fp32 (so is everything between loads and stores: eps 1e-12 is nothing in half precision).
-keep is Bernoulli(1 - p) from Philox, 7 rounds, at counter (row, column / 4): recomputed in backward, not stored. One
-call gives the numbers of four columns; one call an element would cost more time than the memory traffic.
+keep is Bernoulli(1 - p) from Philox, 7 rounds, at counter (row, column / 8): recomputed in backward, not stored. One
+call gives 16-bit numbers for eight columns; one call an element would cost more time than the memory traffic. So p is
+rounded to a multiple of 2^-16, in the scale 1 / (1 - p) as well.
 Bytes an element, all 2-byte: forward 8 (6 without z), backward 6 (+2 for dz, +2 for a dx of its own).
 Backward: a fixed number of programs strides over the rows; each writes its share of dweight and dbias [programs, D],
 and a second launch adds them up in a fixed order. No atomics: the same input gives the same bits.
@@ -36,13 +37,14 @@ MAX_D = 4096
 
 @triton.jit
 def _keep(seed_ptr, t, threshold, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[ROWS, BLOCK_D] bool, true with probability 1 - threshold / 2^31; the same for a row in whatever tile it lies."""
-    counter = t[:, None] * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)[None, :]
+    """[ROWS, BLOCK_D] bool, true with probability 1 - threshold / 2^16; the same for a row in whatever tile it lies."""
+    counter = t[:, None] * (BLOCK_D // 8) + tl.arange(0, BLOCK_D // 8)[None, :]
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = (counter >> 32).to(tl.uint32)
     a, b, c, d = tl.philox(tl.load(seed_ptr), low, high, low * 0, low * 0, 7)
-    bits = tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, BLOCK_D)
-    return (bits >> 1).to(tl.int32) >= threshold
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    bits = tl.join(words & 0xFFFF, words >> 16).reshape(ROWS, BLOCK_D)
+    return bits.to(tl.int32) >= threshold
 
 
 @triton.jit(do_not_specialize=["T", "threshold"])
@@ -179,8 +181,9 @@ def backward(
 
 
 def _chance(dropout: float) -> tuple[int, float]:
-    """Of 2^31, how many random numbers drop; and the factor of what stays."""
-    return round(dropout * 2**31), 1 / (1 - dropout)
+    """Of 2^16, how many random numbers drop; and the factor of what stays."""
+    threshold = min(round(dropout * 2**16), 2**16 - 1)
+    return threshold, 2**16 / (2**16 - threshold)
 
 
 def _tile(config: Mapping[str, Any], D: int) -> tuple[int, int, int]:
