@@ -13,6 +13,7 @@ import blipfast
 
 CPU_FEATURES = (
     "avx2",
+    "avx_vnni",
     "avx512f",
     "avx512_vnni",
     "avx512_bf16",

@@ -19,8 +19,18 @@ from blipfast.models.blip import blip_decoder
 from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_nlvr import blip_nlvr
 from blipfast.models.blip_vqa import blip_vqa
+from blipfast.models.vit import Mlp
 from blipfast.precision import CHOICES, dtype_of, fast_bf16
-from blipfast.quantize import E4M3, Int8Linear, ScaledLinear, activation_steps, prepare, quantize
+from blipfast.quantize import (
+    CHUNK,
+    E4M3,
+    Int8Linear,
+    Int8Mlp,
+    ScaledLinear,
+    activation_steps,
+    prepare,
+    quantize,
+)
 
 TEXTS = ["a cat", "two red apples", "a dog on the beach", "the sea"]
 LAYERS = {
@@ -48,7 +58,7 @@ def kind(request) -> str:
 @pytest.fixture
 def linear() -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(64, 32).requires_grad_(False)
+    return nn.Linear(64, 32)
 
 
 @torch.no_grad()
@@ -89,13 +99,51 @@ def test_captions_and_answers_are_made_in_low_precision(small, images, precision
 
 
 @needs_int8
-def test_int8_quantises_the_text_side_and_leaves_image_keys_and_values(small):
+@pytest.mark.parametrize("amx", [True, False])
+def test_int8_leaves_image_keys_and_values_and_with_amx_the_image_encoder(small, monkeypatch, amx):
+    monkeypatch.setattr(processor, "_capabilities", lambda: {"amx_bf16": amx})
     model = prepare(blip_decoder(**small), "int8", "cpu")
     layer = model.text_decoder.bert.encoder.layer[0]
     assert isinstance(layer.attention.self.key, Int8Linear) and isinstance(layer.output.dense, Int8Linear)
     assert isinstance(model.text_decoder.cls.predictions.decoder, Int8Linear)
     assert type(layer.crossattention.self.key) is nn.Linear
-    assert type(model.visual_encoder.blocks[0].mlp.fc1) is nn.Linear
+    for block in model.visual_encoder.blocks:
+        last = block is model.visual_encoder.blocks[-1]
+        assert isinstance(block.attn.qkv, Int8Linear) == (not amx and not last)
+        assert isinstance(block.attn.proj, Int8Linear) == (not amx)
+        assert isinstance(block.mlp, Int8Mlp) == (not amx)
+
+
+@needs_int8
+@torch.no_grad()
+def test_the_image_encoder_in_int8_is_close_to_fp32(small, images, monkeypatch):
+    monkeypatch.setattr(processor, "_capabilities", dict)
+    encoder = blip_decoder(**small).eval().visual_encoder
+    low = quantize(nn.ModuleDict({"visual_encoder": copy.deepcopy(encoder)}))["visual_encoder"]
+    for class_only in (False, True):
+        expected = encoder(images, class_only=class_only)
+        error = low(images, class_only=class_only) - expected
+        assert 0 < error.norm() <= 0.05 * expected.norm()
+
+
+@needs_int8
+def test_an_int8_model_is_run_with_gradients_on_and_prepared_again(small, images, monkeypatch):
+    monkeypatch.setattr(processor, "_capabilities", dict)
+    torch.manual_seed(0)
+    model = blip_decoder(**small).eval()
+    expected = model(images, TEXTS)
+    low = prepare(model, "int8", "cpu")
+    loss = low(images, TEXTS)
+    assert torch.allclose(loss, expected, rtol=0.01)
+    assert torch.equal(prepare(low, "int8", "cpu")(images, TEXTS), loss)
+
+
+@needs_int8
+def test_a_feed_forward_in_int8_is_its_layers_one_after_the_other():
+    torch.manual_seed(0)
+    mlp, x = Mlp(64, 128), torch.randn(3, CHUNK, 64)
+    expected = Int8Linear(mlp.fc2)(nn.functional.gelu(Int8Linear(mlp.fc1)(x)))
+    assert torch.equal(Int8Mlp(mlp)(x), expected)
 
 
 @pytest.mark.parametrize("precision, dtype", [("int8", torch.int8), ("fp8", E4M3)])
@@ -138,13 +186,15 @@ def test_products_are_those_of_the_rounded_numbers(linear, kind):
 
 
 def test_rows_do_not_depend_on_each_other(linear, kind):
-    layer, x = LAYERS[kind](linear), torch.randn(5, 64)
+    layer, x = LAYERS[kind](linear), torch.randn(CHUNK + 5, 64)
     alone = layer(x)
     x[0] *= 1e4
     assert torch.equal(layer(x)[1:], alone[1:])
 
 
-@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64), (16, 64), (17, 64), (0, 64)])
+@pytest.mark.parametrize(
+    "shape", [(64,), (1, 64), (2, 3, 64), (16, 64), (17, 64), (0, 64), (2, CHUNK, 64), (CHUNK + 1, 64)]
+)
 def test_any_number_of_rows_is_served(linear, kind, shape):
     x = torch.randn(shape)
     y = LAYERS[kind](linear)(x.bfloat16())
