@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 from blipfast.ptb import tokenize
+from blipfast.text import as_list
 
 Words = Sequence[str]
 NGRAMS = 4
@@ -35,6 +36,7 @@ def caption_metrics(
         raise ValueError(
             f"picture {bare[0]!r} has no true caption to score against ({len(bare)} such pictures)."
         )
+    references = {picture: as_list(references[picture]) for picture in captions}
     if scorer == "pycocoevalcap":
         return _published(captions, references)
     candidates = [tokenize(caption) for caption in captions.values()]

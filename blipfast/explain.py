@@ -22,6 +22,7 @@ from blipfast.data.images import composite
 from blipfast.models.blip_itm import BLIP_ITM
 
 MAX_TOKENS = 35  # as ITM was trained
+FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # of figures
 
 
 class Heat(NamedTuple):
@@ -132,7 +133,7 @@ def matching_logits(model: BLIP_ITM, image_embeds: Tensor, ids: list[int]) -> Te
 
 def heat_of(model: BLIP_ITM, score, attend) -> tuple[Tensor, float]:
     """Map times positive gradient, the mean over heads: [queries, keys], and the probability of a match."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.enable_grad():
@@ -140,7 +141,8 @@ def heat_of(model: BLIP_ITM, score, attend) -> tuple[Tensor, float]:
             weights = attend.get_attention_map()
             (gradient,) = torch.autograd.grad(logits[0, 1], weights)
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     heat = (weights * gradient.clamp_min(0)).detach()[0].float().mean(0).cpu()
     return heat, logits.detach().float().softmax(1)[0, 1].item()
 
@@ -167,6 +169,7 @@ def draw(picture: Tensor, text: str, heat: Heat, output: str | Path) -> Path:
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'blipfast[plot]'") from error
     panels = [("", None), ("whole text", heat.whole), *zip(heat.words, heat.maps)]
+    output = figure_path(output)
     columns = min(len(panels), 5)
     rows = -(-len(panels) // columns)
     height, width = picture.shape[1:]
@@ -177,15 +180,14 @@ def draw(picture: Tensor, text: str, heat: Heat, output: str | Path) -> Path:
     for ax in axes:
         ax.set_axis_off()
     for ax, (title, values) in zip(axes, panels):
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title, fontsize=10, parse_math=False)
         ax.imshow(pixels)
         if values is not None:
             top = float(values.max()) if title == "whole text" else brightest
             ax.imshow(
                 enlarged(values, (height, width)).numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=top or 1.0
             )
-    figure.suptitle(f"{text}  (match {heat.match:.1%})", fontsize=11)
-    output = Path(output)
+    figure.suptitle(f"{text}  (match {heat.match:.1%})", fontsize=11, parse_math=False)
     output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = output.with_name(f"{output.stem}.tmp{output.suffix}")
     try:
@@ -193,6 +195,14 @@ def draw(picture: Tensor, text: str, heat: Heat, output: str | Path) -> Path:
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)
+    return output
+
+
+def figure_path(output: str | Path) -> Path:
+    """ValueError if its ending names no format of figures."""
+    output = Path(output)
+    if output.suffix.lower() not in FORMATS:
+        raise ValueError(f"{output}: a figure's name ends in one of {', '.join(FORMATS)}.")
     return output
 
 

@@ -120,6 +120,31 @@ class Tokenizer:
             attention_mask=masks[0] if single else masks,
         )
 
+    @property
+    def vocab_size(self) -> int:
+        """Without the special tokens that were added, as transformers counts."""
+        return self.backend.get_vocab_size(with_added_tokens=False)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text, without [CLS] and [SEP]."""
+        return self.backend.encode(text, add_special_tokens=False).tokens
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int] | Tensor) -> str | list[str]:
+        """The token of an id, or those of several."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        return (
+            self.backend.id_to_token(ids)
+            if isinstance(ids, int)
+            else list(map(self.backend.id_to_token, ids))
+        )
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
+        """The id of a token, or those of several; of what is none, that of [UNK]."""
+        if not isinstance(tokens, str):
+            return list(map(self.convert_tokens_to_ids, tokens))
+        found = self.backend.token_to_id(tokens)
+        return self.unk_token_id if found is None else found
+
     def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
         """Ids [T] to text. WordPiece is joined as Hugging Face does it: `a dog's tail, red`."""
         return self.batch_decode([ids], skip_special_tokens)[0]
@@ -215,6 +240,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 8000, lowercase: 
     if not with_text:
         raise ValueError("There is no caption to train the tokenizer on.")
     return Tokenizer(backend)
+
+
+def as_list(texts: str | Sequence[str]) -> list[str]:
+    """Texts as the models take them: one alone counts as a list of one, as in official BLIP."""
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def pre_caption(caption: str, max_words: int = 50) -> str:

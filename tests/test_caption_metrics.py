@@ -172,3 +172,7 @@ def test_the_published_pipeline_gives_our_figures_and_meteor(monkeypatch):
     published = caption_metrics(CAPTIONS, REFERENCES, "pycocoevalcap")
     assert published.pop("METEOR") == pytest.approx(METEOR, abs=1e-6)
     assert published == pytest.approx(PUBLISHED, abs=1e-6)
+
+
+def test_a_single_true_caption_may_stand_alone():
+    assert caption_metrics({1: "a dog"}, {1: "a dog"}) == caption_metrics({1: "a dog"}, {1: ["a dog"]})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -143,19 +144,83 @@ def test_caption_options_reach_the_model_and_the_run_gives_their_defaults(
     monkeypatch.setattr("blipfast.models.run.load_captioner", load)
     config = Config()
     config.evaluate.max_length, config.evaluate.min_length, config.evaluate.num_beams = 12, 0, 4
+    config.evaluate.repetition_penalty, config.evaluate.prompt = 1.25, "two dogs "
     save_config(config, tmp_path / "config.yaml")
     code, out, _ = blipfast(capsys, "caption", "--model", tmp_path, pictures / "red.png")
     assert (code, out) == (0, f"{pictures / 'red.png'}: a dog\n")
     assert called == {
-        "shape": (1, 3, 16, 16), "sample": False, "num_beams": 4, "max_length": 12, "min_length": 0, "top_p": 0.9,
-        "repetition_penalty": 1.0,
+        "shape": (1, 3, 16, 16), "num_beams": 4, "max_length": 12, "min_length": 0, "repetition_penalty": 1.25,
+        "prompt": "two dogs ",
     }  # fmt: skip
-    options = "--beams 2 --max-length 9 --min-length 1 --sample --top-p 0.5 --repetition-penalty 1.5 --prompt".split()
+    called.clear()
+    options = "--beams 2 --max-length 9 --min-length 1 --repetition-penalty 1.5 --prompt".split()
     assert blipfast(capsys, "caption", "--model", tmp_path, *options, "a ", pictures / "red.png")[0] == 0
     assert called == {
-        "shape": (1, 3, 16, 16), "sample": True, "num_beams": 2, "max_length": 9, "min_length": 1, "top_p": 0.5,
-        "repetition_penalty": 1.5, "prompt": "a ",
+        "shape": (1, 3, 16, 16), "num_beams": 2, "max_length": 9, "min_length": 1, "repetition_penalty": 1.5,
+        "prompt": "a ",
     }  # fmt: skip
+    called.clear()
+    options = ["--sample", "--top-p", 0.5]
+    assert blipfast(capsys, "caption", "--model", tmp_path, *options, pictures / "red.png")[0] == 0
+    assert called == {
+        "shape": (1, 3, 16, 16), "sample": True, "top_p": 0.5, "max_length": 12, "min_length": 0, "prompt": "two dogs ",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--sample", "--beams", 2], "--beams does nothing with --sample"),
+        (["--sample", "--repetition-penalty", 2], "--repetition-penalty does nothing with --sample"),
+        (["--top-p", 0.5], "--top-p does nothing without --sample"),
+        (["--overwrite"], "--overwrite does nothing without --txt"),
+    ],
+)
+def test_caption_options_that_would_do_nothing_are_refused(capsys, run_folder, pictures, options, said):
+    code, _, err = blipfast(capsys, "caption", "--model", run_folder, *options, pictures / "red.png")
+    assert code == 2 and said in err
+
+
+def test_a_folder_is_captioned_into_text_files_and_goes_on_where_it_was_interrupted(
+    capsys, run_folder, pictures, tmp_path
+):
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name in ("red.png", "green.png", "broken.png"):
+        shutil.copy(pictures / name, folder / "more")
+    (folder / "more" / "red.caption").write_text("mine")
+    shutil.copy(pictures / "red.png", folder)
+    command = ["caption", "--model", run_folder, "--txt", folder]
+    code, out, err = blipfast(capsys, *command)
+    assert code == 1 and "broken.png" in err and "1 of 4 pictures have a text already" in err
+    assert out == "2 captions written beside their pictures\n"
+    texts = {str(path.relative_to(folder)): path.read_text() for path in folder.glob("**/*.txt")}
+    assert set(texts) == {"red.txt", "more/green.txt"} and all(text.endswith("\n") for text in texts.values())
+    code, out, _ = blipfast(capsys, "caption", "--model", run_folder, folder / "red.png")
+    assert out == f"{folder / 'red.png'}: {texts['red.txt']}"
+    (folder / "red.txt").unlink()
+    code, out, err = blipfast(capsys, *command)
+    assert out == "1 caption written beside its picture\n" and "2 of 4 pictures" in err
+    code, out, _ = blipfast(capsys, *command, "--overwrite")
+    assert out == "3 captions written beside their pictures\n"
+    (tmp_path / "none").mkdir()
+    code, _, err = blipfast(capsys, "caption", "--model", run_folder, tmp_path / "none")
+    assert code == 2 and "there are no pictures in this folder" in err
+
+
+def test_json_that_is_cut_short_holds_what_was_done(capsys, run_folder, pictures, monkeypatch):
+    from blipfast.models.blip import BLIP_Decoder
+
+    stream = BLIP_Decoder.generate_stream
+
+    def interrupted(*args, **how):
+        yield next(stream(*args, **how))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BLIP_Decoder, "generate_stream", interrupted)
+    names = [str(pictures / name) for name in ("broken.png", "red.png", "green.png")]
+    code, out, _ = blipfast(capsys, "caption", "--json", "--model", run_folder, *names)
+    assert code == 130 and [entry["path"] for entry in json.loads(out)] == names[:2]
 
 
 def test_sampling_is_a_function_of_the_seed(capsys, run_folder, pictures):

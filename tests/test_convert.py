@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from blipfast.commands import convert as verb
+from blipfast.config import load_config, save_config
 from blipfast.models.blip import blip_decoder
 from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_nlvr import blip_nlvr
@@ -20,7 +21,7 @@ from blipfast.models.blip_vqa import blip_vqa
 from blipfast.models.checkpoint import read_state_dict, save_weights
 from blipfast.models.convert import convert
 from blipfast.models.huggingface import hugging_face_state, read_tokenizer, to_hugging_face, to_official
-from blipfast.models.run import load_captioner, load_matcher, load_nlvr, load_vqa
+from blipfast.models.run import load_captioner, load_matcher, load_nlvr, load_vqa, settings_of
 from blipfast.text import train_tokenizer
 
 from .conftest import VIT
@@ -270,6 +271,34 @@ def test_a_full_disk_leaves_no_half_folder(pretrain_run, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_hugging_face_folder_keeps_how_its_run_is_used(pretrain_run, tmp_path):
+    config = load_config(pretrain_run / "config.yaml")
+    config.data.prompt, config.data.clean_captions = "", False
+    config.evaluate.num_beams, config.evaluate.max_length, config.evaluate.min_length = 2, 9, 1
+    save_config(config, pretrain_run / "config.yaml")
+    convert(pretrain_run, "huggingface", tmp_path / "hf", "caption")
+    kept = settings_of(tmp_path / "hf")
+    assert (kept.data.prompt, kept.data.clean_captions, load_captioner(tmp_path / "hf").prompt) == (
+        "",
+        False,
+        "",
+    )
+    assert (kept.evaluate.num_beams, kept.evaluate.max_length, kept.evaluate.min_length) == (2, 9, 1)
+    theirs = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert (theirs["num_beams"], theirs["max_length"], theirs["min_length"]) == (2, 9, 1)
+    assert "max_length=9" in (tmp_path / "hf" / "README.md").read_text()
+    convert(tmp_path / "hf", "safetensors", tmp_path / "plain.safetensors")
+    convert(tmp_path / "plain.safetensors", "official", tmp_path / "again.pth")
+    said = convert(pretrain_run, "safetensors", tmp_path / "plain.safetensors")
+    assert "its captions begin with '', to be given as --prompt" in said
+
+
+def test_a_vqa_model_is_no_captioner(small, tmp_path):
+    run = write_run(tmp_path / "vqa", scramble(blip_vqa(**small), 0))
+    with pytest.raises(ValueError, match="holds a VQA model, whose decoder answers questions"):
+        load_captioner(run)
 
 
 def test_the_verb_converts_and_says_what_it_wrote(pretrain_run, tmp_path, capsys):

@@ -89,6 +89,9 @@ def test_the_model_is_left_as_it_was_and_may_be_frozen(matcher, images):
     with torch.inference_mode(False), torch.no_grad():
         assert_close(grad_cam(matcher, images[0], "a dog").maps, free.maps)
     assert matcher.training and all(parameter.grad is None for parameter in matcher.parameters())
+    matcher.visual_encoder.eval()
+    grad_cam(matcher, images[0], "a dog")
+    assert matcher.training and matcher.text_encoder.training and not matcher.visual_encoder.training
     attend = matcher.text_encoder.encoder.layer[1].crossattention.self
     assert not attend.save_attention and attend.get_attention_map() is None
 
@@ -149,6 +152,16 @@ def test_the_verb_writes_a_figure_of_every_word(small, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "x.png", "heat.png", "block.png"}
     with pytest.raises(ValueError, match="give one of them"):
         explain("--out", tmp_path / "no.png", "--image-block", "0", "--layer", "1")
+    with pytest.raises(ValueError, match=r"heat: a figure's name ends in one of \.png"):
+        explain("--out", tmp_path / "heat")
+
+
+def test_a_text_with_dollars_is_no_formula(matcher, images, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    assert draw(
+        picture, "$5^{ and $", grad_cam(matcher, images[0], "$5^{ and $"), tmp_path / "a.png"
+    ).is_file()
 
 
 def test_a_figure_without_matplotlib_says_what_to_install(matcher, images, tmp_path, monkeypatch):

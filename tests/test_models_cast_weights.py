@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import gc
+import time
 import weakref
 
 import pytest
@@ -192,3 +194,30 @@ def test_a_training_step_makes_far_fewer_casts(small, images, checkpointing, mon
     assert together < 0.6 * apart
     # a weight of two passes has two casts, whose gradients add in fp32
     assert (got - want).norm() < 5e-3 * want.norm()
+
+
+def test_threads_may_share_a_model_under_autocast(monkeypatch):
+    real, model = (
+        casting.autocast_dtype,
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).requires_grad_(False),
+    )
+
+    def slowly(tensor):  # the moment in which another thread's weights are in place
+        time.sleep(0.0005)
+        return real(tensor)
+
+    monkeypatch.setattr(casting, "autocast_dtype", slowly)
+    x = torch.randn(4, 8)
+
+    def use():
+        for _ in range(20):
+            with torch.autocast("cpu", torch.bfloat16), cast_weights(model):
+                model(x)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(use) for _ in range(4)]:
+            done.result()
+    assert all(
+        type(weight) is nn.Parameter and weight.dtype == torch.float32 for weight in model.parameters()
+    )
+    assert len(list(model.parameters())) == 4

@@ -30,7 +30,7 @@ from blipfast.models.checkpoint import (
     read_state_dict,
     save_weights,
 )
-from blipfast.models.download import download, is_hub_name
+from blipfast.models.download import RELEASED, download, is_hub_name, is_hugging_face
 from blipfast.models.huggingface import to_hugging_face
 
 
@@ -128,6 +128,17 @@ def test_damaged_and_missing_files_are_named(pretrained, tmp_path, name):
         read_state_dict(tmp_path / "nothing.pth")
 
 
+def test_what_is_no_checkpoint_is_said_in_our_words(pretrained, tmp_path):
+    (tmp_path / "page.pth").write_text("<html>sign in</html>")
+    with pytest.raises(ValueError, match="not a readable checkpoint") as caught:
+        read_state_dict(tmp_path / "page.pth")
+    assert "weights_only" not in str(caught.value)
+    for text in ("{}", "[]", "no JSON"):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match="no index of weights"):
+            read_state_dict(tmp_path / "model.safetensors.index.json")
+
+
 def test_pickled_code_is_never_run(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -179,11 +190,20 @@ def test_lavis_weights_load_and_momentum_encoders_start_as_copies(pretrained, sm
 
 
 @pytest.mark.parametrize(
-    "nest, prefix", [("model", "module."), ("module", ""), ("state_dict", "_orig_mod.module.")]
+    "nests, prefix",
+    [
+        (["model"], "module."),
+        (["module"], ""),
+        (["state_dict"], "_orig_mod.module."),
+        (["state_dict"], "model."),  # Lightning
+        (["model", "state_dict"], "module."),
+    ],
 )
-def test_wrappers_of_trainers_are_taken_off(pretrained, small, tmp_path, nest, prefix):
+def test_wrappers_of_trainers_are_taken_off(pretrained, small, tmp_path, nests, prefix):
     state = {prefix + key: value for key, value in pretrained.state_dict().items()}
-    torch.save({nest: state}, tmp_path / "w.pth")
+    for nest in nests:
+        state = {nest: state}
+    torch.save(state, tmp_path / "w.pth")
     assert read_state_dict(tmp_path / "w.pth").keys() == pretrained.state_dict().keys()
 
 
@@ -254,9 +274,9 @@ def test_what_a_checkpoint_holds_is_told_from_its_keys(pretrained, small):
 
 @pytest.fixture
 def server(tmp_path):
-    """The address of a small web server that serves the folder `web`, and what it was asked for."""
+    """The address of a small web server that serves the folder `web`, what it was asked for, and with what tokens."""
     (tmp_path / "web").mkdir()
-    asked = []
+    asked, tokens = [], []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -264,6 +284,7 @@ def server(tmp_path):
 
         def log_message(self, *_):
             asked.append(self.path)
+            tokens.append(self.headers.get("Authorization"))
 
         def end_headers(self):
             for name in ("Content-Length",) if "short" in self.path else ():
@@ -273,7 +294,7 @@ def server(tmp_path):
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}", asked
+    yield f"http://127.0.0.1:{httpd.server_port}", asked, tokens
     httpd.shutdown()
     httpd.server_close()
 
@@ -287,19 +308,54 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def test_a_url_is_fetched_once(pretrained, small, tmp_path, server, own_cache):
-    address, asked = server
+    address, asked, _ = server
     save_weights(pretrained.state_dict(), tmp_path / "web" / "w.pth")
     for _ in range(2):
         model = blip_decoder(pretrained=f"{address}/w.pth", **small)
     assert torch.equal(model.visual_encoder.cls_token, pretrained.visual_encoder.cls_token)
     assert asked == ["/w.pth"]
-    assert [path.name for path in (own_cache / "torch" / "checkpoints").iterdir()] == ["w.pth"]
+    assert [path.name for path in (own_cache / "torch" / "checkpoints").glob("**/*.*")] == ["w.pth"]
+
+
+def test_files_of_one_name_at_two_addresses_are_two(tmp_path, server):
+    address, *_ = server
+    for owner in "ab":
+        (tmp_path / "web" / owner).mkdir()
+        save_weights(
+            {"one": torch.full((1,), float(ord(owner)))}, tmp_path / "web" / owner / "model.safetensors"
+        )
+    for owner in "ab":
+        assert read_state_dict(f"{address}/{owner}/model.safetensors")["one"] == ord(owner)
+
+
+def test_what_official_blip_has_fetched_is_found(own_cache):
+    save_weights({"one": torch.ones(1)}, own_cache / "torch" / "checkpoints" / "model_base.pth")
+    assert read_state_dict(RELEASED + "model_base.pth")["one"] == 1
+
+
+def test_the_token_goes_to_hugging_face_only(tmp_path, server, monkeypatch):
+    address, _, tokens = server
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    (tmp_path / "web" / "a.pth").write_bytes(b"x")
+    download(f"{address}/a.pth", tmp_path / "to" / "a.pth")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    download(f"{address}/a.pth", tmp_path / "to" / "b.pth")
+    assert tokens == [None, "Bearer secret"]
+    monkeypatch.delenv("HF_ENDPOINT")
+    hosts = ("huggingface.co", "cdn.huggingface.co", "huggingface.example.org", "nothuggingface.co")
+    assert [is_hugging_face(f"https://{host}/a.pth") for host in hosts] == [True, True, False, False]
+
+
+def test_a_date_in_a_name_is_no_hash(tmp_path, server):
+    (tmp_path / "web" / "blip-20230415.pth").write_bytes(b"x")
+    assert download(f"{server[0]}/blip-20230415.pth", tmp_path / "blip.pth").is_file()
+    assert download(f"{server[0]}/blip-20230415.pth", tmp_path / "blip-20230415.pth").is_file()
 
 
 def test_a_name_on_hugging_face_is_fetched_once_and_found_in_its_cache(
     pretrained, small, tmp_path, server, own_cache, monkeypatch
 ):
-    address, asked = server
+    address, asked, _ = server
     monkeypatch.setenv("HF_ENDPOINT", address)
     folder = tmp_path / "web" / "owner" / "blip" / "resolve" / "main"
     folder.mkdir(parents=True)
@@ -323,13 +379,13 @@ def test_a_name_on_hugging_face_is_fetched_once_and_found_in_its_cache(
 
 
 def test_a_broken_download_leaves_nothing(tmp_path, server):
-    address, _ = server
+    address, *_ = server
     (tmp_path / "web" / "short.pth").write_bytes(b"x" * 10)
-    (tmp_path / "web" / "w-00000000.pth").write_bytes(b"x" * 10)
+    (tmp_path / "web" / "w-0000000a.pth").write_bytes(b"x" * 10)
     with pytest.raises(ValueError, match="broke after 10 of 1000 bytes|cannot be reached"):
         download(f"{address}/short.pth", tmp_path / "to" / "short.pth")
-    with pytest.raises(ValueError, match="its SHA-256 is .*, expected 00000000"):
-        download(f"{address}/w-00000000.pth", tmp_path / "to" / "w-00000000.pth")
+    with pytest.raises(ValueError, match="its SHA-256 is .*, expected 0000000a"):
+        download(f"{address}/w-0000000a.pth", tmp_path / "to" / "w-0000000a.pth")
     with pytest.raises(ValueError, match="there is no such file"):
         download(f"{address}/none.pth", tmp_path / "to" / "none.pth")
     assert not list((tmp_path / "to").iterdir())

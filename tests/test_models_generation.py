@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from blipfast.models.blip import blip_decoder
+from blipfast.models.blip_itm import blip_itm
+from blipfast.models.blip_nlvr import blip_nlvr
+from blipfast.models.blip_vqa import blip_vqa
 from blipfast.models.decoding import Decoding
 from blipfast.models.generation import Chosen, Rules, Waiting, generate, stream
 from blipfast.text import train_tokenizer
@@ -100,6 +103,29 @@ def test_samples_of_an_image_differ_and_a_seed_repeats_them(model, prompt, embed
 def test_max_new_tokens_counts_without_the_prompt(model, prompt, embeds):
     rules = RULES | {"max_length": 3, "min_length": 7}
     assert generate(model.text_decoder, prompt, embeds, max_new_tokens=4, **rules).shape[1] == 7
+    images = torch.randn(2, 3, 32, 32)  # min_length, unless given, is no longer than that
+    length = model.prompt_length + 3
+    expected = model.generate(images, max_length=length, min_length=length)
+    assert model.generate(images, max_new_tokens=3) == expected
+    assert [texts[0] for texts in model.generate_stream([images], max_new_tokens=3)] == expected
+
+
+def test_what_makes_no_sense_is_refused(model, prompt, embeds):
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
+            generate(model.text_decoder, prompt, embeds, batch_size=size, **RULES)
+    with pytest.raises(ValueError, match="no images to write texts for"):
+        generate(model.text_decoder, prompt, embeds[:0], **RULES)
+    with pytest.raises(ValueError, match="repetition_penalty must be above 0, got nan"):
+        generate(model.text_decoder, prompt, embeds, repetition_penalty=float("nan"), **RULES)
+
+
+@pytest.mark.parametrize("asked", ["a picture of ", "a photo of", "a close-up of ", "A  photo of "])
+def test_a_caption_is_what_follows_the_prompt_however_that_is_written(small, asked):
+    torch.manual_seed(0)
+    model = blip_decoder(prompt=asked, **small).eval()
+    ids = [*model.prompt_ids("cpu").tolist(), *model.tokenizer("red dog").input_ids[1:]]
+    assert model.captions([ids]) == ["red dog"]
 
 
 def test_captions_of_a_stream_are_those_of_a_batch_in_order(model):
@@ -207,3 +233,22 @@ def test_an_image_with_nan_is_named(model, prompt, embeds):
     embeds[4, 2] = torch.nan
     with pytest.raises(ValueError, match="Image 4 gives states that are not finite"):
         generate(model.text_decoder, prompt, embeds, **RULES)
+
+
+def test_a_text_longer_than_the_model_has_positions_is_cut(small, images):
+    small["med_config"]["max_position_embeddings"] = 8
+    long, image = "red dog " * 20, images[:2]
+    for model, call in [
+        (blip_itm(embed_dim=8, **small), lambda model: model(image, [long] * 2)),
+        (blip_decoder(prompt="", **small), lambda model: model(image, [long] * 2)),
+        (blip_nlvr(**small), lambda model: model(image, [long], None, train=False)),
+        (blip_vqa(**small), lambda model: model(image, [long] * 2, ["red", long], train=False, k_test=2)),
+    ]:
+        with torch.no_grad():
+            assert torch.isfinite(call(model.eval())).all()
+
+
+def test_a_misspelt_setting_of_bert_is_refused(small):
+    small["med_config"]["hidden_sise"] = 48
+    with pytest.raises(ValueError, match="hidden_sise is no setting of BERT; did you mean hidden_size"):
+        blip_decoder(**small)

@@ -266,3 +266,15 @@ def test_captions_and_questions_are_cut_to_words():
     assert pre_caption("one two three four", max_words=2) == "one two"
     assert pre_question("What is (this)? A dog!  ", max_ques_words=3) == "what is this?"
     assert pre_question("is it:red") == "is itred"
+
+
+def test_tokens_and_ids_are_told_as_transformers_tells_them():
+    tokenizer = init_tokenizer()
+    tokens = ["two", "sc", "##hn", "##au", "##zers"]
+    assert tokenizer.tokenize("Two schnauzers") == tokens
+    ids = tokenizer("two schnauzers").input_ids[1:-1]
+    assert tokenizer.convert_tokens_to_ids(tokens) == ids
+    assert tokenizer.convert_ids_to_tokens(torch.tensor(ids)) == tokens
+    assert tokenizer.convert_ids_to_tokens(tokenizer.enc_token_id) == "[ENC]"
+    assert tokenizer.convert_tokens_to_ids("no such token") == tokenizer.unk_token_id
+    assert tokenizer.vocab_size == 30522

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from blipfast.config import Config
+    pass
 
 
 def add_verb(
@@ -25,20 +24,22 @@ def add_verb(
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a verb that runs a model."""
+def add_model(parser: argparse.ArgumentParser, precision: str | None = "auto") -> None:
+    """Add the options of a verb that runs a model. precision: the default; None for a verb that has no choice."""
     parser.add_argument(
         "--model",
         required=True,
         help="a run folder, a checkpoint (.pth, .safetensors), a Hugging Face folder or name",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument(
-        "--precision",
-        default="auto",
-        metavar="P",
-        help="fp32, bf16, fp16, int8, fp8 (GPU), or auto: bf16 where the hardware is fast at it (default)",
-    )
+    if precision:
+        parser.add_argument(
+            "--precision",
+            default=precision,
+            metavar="P",
+            help="fp32, bf16, fp16, int8, fp8 (GPU), or auto: bf16 where the hardware is fast at it "
+            "(default: %(default)s)",
+        )
 
 
 def positive(text: str) -> int:
@@ -49,19 +50,13 @@ def positive(text: str) -> int:
     return number
 
 
-def run_settings(model: str) -> Config:
-    """The config of a run folder; the defaults for a checkpoint file."""
-    from blipfast.config import Config, load_config
-
-    saved = Path(model) / "config.yaml"
-    return load_config(saved) if saved.is_file() else Config()
-
-
 def choose_device(name: str | None) -> str:
     """`name`, or the GPU if there is one. Raises ValueError for a device that cannot be used."""
     import torch
 
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("meta"):
+        raise ValueError(f"--device {name}: holds no numbers; expected cpu, cuda, cuda:1, ...")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

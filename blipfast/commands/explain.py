@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_model, add_verb, choose_device, run_settings
+from .common import add_model, add_verb, choose_device
 
 EXAMPLES = """examples:
   blipfast explain --model runs/emoji dog.png "dog face" --out heat.png
@@ -17,7 +17,7 @@ def add(verbs: Any) -> None:
     parser = add_verb(
         verbs, "explain", explain, "show where in a picture each word is found (Grad-CAM)", EXAMPLES
     )
-    add_model(parser)
+    add_model(parser, precision=None)  # int8 has no gradients
     parser.add_argument("picture", metavar="PICTURE")
     parser.add_argument("text", metavar="TEXT")
     parser.add_argument("--out", required=True, metavar="FILE", help="the figure: .png, .pdf or .svg")
@@ -36,13 +36,14 @@ def explain(args: argparse.Namespace) -> int:
     """Write the figure and print how much of the heat each word has."""
     from blipfast.data.images import load_image
     from blipfast.data.transforms import eval_transform
-    from blipfast.explain import draw, grad_cam, image_grad_cam
-    from blipfast.models.run import load_matcher
+    from blipfast.explain import draw, figure_path, grad_cam, image_grad_cam
+    from blipfast.models.run import load_matcher, settings_of
     from blipfast.text import pre_caption
 
     if args.layer is not None and args.image_block is not None:
         raise ValueError("--layer and --image-block: give one of them.")
-    data = run_settings(args.model).data
+    figure_path(args.out)
+    data = settings_of(args.model).data
     text = pre_caption(args.text, data.max_words) if data.clean_captions else args.text
     pixels = load_image(args.picture)
     model = load_matcher(args.model).to(choose_device(args.device))

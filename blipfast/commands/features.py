@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import add_model, add_verb, choose_device, in_words, positive, run_settings
+from .common import add_model, add_verb, choose_device, in_words, positive
 from .tokenizer import read_captions
 
 EXAMPLES = """examples:
@@ -25,7 +25,7 @@ tokens; those of texts one behind the other, *_lengths of them each.
 
 def add(verbs: Any) -> None:
     parser = add_verb(verbs, "features", features, "write features of pictures and texts", EXAMPLES)
-    add_model(parser)
+    add_model(parser, precision="fp32")
     parser.add_argument("pictures", nargs="*", metavar="PICTURE")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write")
     parser.add_argument("--texts", metavar="FILE", help='.txt, one a line; .json or .jsonl with "caption"')
@@ -41,12 +41,13 @@ def add(verbs: Any) -> None:
 
 def features(args: argparse.Namespace) -> int:
     """Write the features; a picture that cannot be read is reported and left out, with its text if it has one."""
+    from blipfast.models.run import settings_of
     from blipfast.tasks.features import FeatureExtractor
     from blipfast.text import pre_caption
 
     texts = _texts(args)
-    data = run_settings(args.model).data
-    model = FeatureExtractor(args.model, choose_device(args.device))
+    data = settings_of(args.model).data
+    model = FeatureExtractor(args.model, choose_device(args.device), args.precision)
 
     def clean(part: list[str]) -> list[str]:
         return [pre_caption(text, data.max_words) for text in part] if data.clean_captions else part

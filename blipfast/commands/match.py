@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from .common import add_model, add_verb, choose_device, prepare, run_settings
+from .common import add_model, add_verb, choose_device, prepare
 
 EXAMPLES = """example:
   blipfast match --model runs/emoji dog.png "dog face" "red apple"
@@ -27,10 +27,10 @@ def match(args: argparse.Namespace) -> int:
 
     from blipfast.data.images import load_image
     from blipfast.data.transforms import eval_transform
-    from blipfast.models.run import load_matcher
+    from blipfast.models.run import load_matcher, settings_of
     from blipfast.text import pre_caption
 
-    data = run_settings(args.model).data
+    data = settings_of(args.model).data
     texts = [pre_caption(text, data.max_words) if data.clean_captions else text for text in args.texts]
     device = choose_device(args.device)
     model = prepare(load_matcher(args.model), args)

@@ -155,24 +155,32 @@ def _record(entry: Any, where: str, root: str) -> Record:
 def _read_folder(folder: Path) -> Iterator[Record]:
     """Pictures below `folder`, in the order of their paths, with the text in the .txt or .caption file beside each."""
     pictures = bare = 0
-    for directory, subfolders, names in os.walk(folder):
-        subfolders.sort()
-        present = set(names)
-        for name in sorted(names):
-            stem, extension = os.path.splitext(name)
-            if extension.lower() not in PICTURES:
-                continue
-            pictures += 1
-            sidecar = next((stem + s for s in SIDECARS if stem + s in present), None)
-            if sidecar is None:
-                bare += 1
-                continue
-            yield Record(os.path.join(directory, name), [sidecar_text(Path(directory, sidecar))], None)
+    for picture in pictures_below(folder):
+        pictures += 1
+        sidecar = sidecar_of(picture)
+        if sidecar is None:
+            bare += 1
+            continue
+        yield Record(str(picture), [sidecar_text(sidecar)], None)
     if pictures == bare:
         what = f"none of its {pictures} pictures has" if pictures else "holds no pictures with"
         raise ValueError(f"{folder}: {what} a caption file (.txt or .caption, same name) beside it.")
     if bare:
         logger.warning("%s: %d of %d pictures have no caption file and are left out.", folder, bare, pictures)
+
+
+def pictures_below(folder: Path) -> Iterator[Path]:
+    """Pictures in a folder and its subfolders, by their endings, in the order of their paths."""
+    for directory, subfolders, names in os.walk(folder):
+        subfolders.sort()
+        for name in sorted(names):
+            if os.path.splitext(name)[1].lower() in PICTURES:
+                yield Path(directory, name)
+
+
+def sidecar_of(picture: Path) -> Path | None:
+    """The text file beside a picture, if there is one."""
+    return next(filter(Path.is_file, map(picture.with_suffix, SIDECARS)), None)
 
 
 def sidecar_text(path: Path) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from blipfast.text import init_tokenizer
+from blipfast.text import MODEL_MAX_LENGTH, Tokenizer, as_list, init_tokenizer
 
 from . import recorded
 from .checkpoint import is_url, load_checkpoint
@@ -40,6 +40,14 @@ def text_config(med_config, tokenizer, encoder_width: int) -> BertConfig:
     config.encoder_width = encoder_width
     config.vocab_size = len(tokenizer)
     return config
+
+
+def token_ids(
+    tokenizer: Tokenizer, texts: str | list[str], config: BertConfig, most: int = MODEL_MAX_LENGTH
+) -> list[list[int]]:
+    """Token ids of each text, cut at `most` and at the positions that the model has."""
+    most = min(most, config.max_position_embeddings)
+    return tokenizer(as_list(texts), truncation=True, max_length=most).input_ids
 
 
 def start_with(input_ids: Tensor, token: int) -> Tensor:
@@ -79,7 +87,7 @@ class BLIP_Base(nn.Module):
         if mode == "image":
             return self.visual_encoder(image)
         device = next(self.parameters()).device
-        text = self.tokenizer(caption, padding="longest", return_tensors="pt").to(device)
+        text = self.tokenizer(as_list(caption), padding="longest", return_tensors="pt").to(device)
         if mode == "text":
             out = self.text_encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
             return out.last_hidden_state
@@ -111,18 +119,31 @@ class BLIP_Decoder(nn.Module):
         config = text_config(med_config, self.tokenizer, vision_width)
         self.text_decoder = BertLMHeadModel(config)
         self.prompt = prompt
-        self.prompt_length = len(self.tokenizer(prompt).input_ids) - 1
+
+    @property
+    def prompt(self) -> str:
+        """What every caption starts from; `prompt_length` is its number of tokens, with [DEC]."""
+        return self._prompt
+
+    @prompt.setter
+    def prompt(self, prompt: str) -> None:
+        self._prompt, ids = prompt, self.tokenizer(prompt).input_ids
+        self.prompt_length = len(ids) - 1
+        said = self.tokenizer.decode(ids, skip_special_tokens=True)
+        # letters that captions begin with: official BLIP takes len(prompt), but "a close-up" reads "a close - up" then
+        self.prompt_width = len(prompt) if said == prompt.strip() else len(said)
 
     def train(self, mode: bool = True) -> BLIP_Decoder:
         if mode:
             recorded.forget(self.text_decoder)  # training wants the memory
         return super().train(mode)
 
-    def forward(self, image: Tensor, caption: list[str]) -> Tensor:
+    def forward(self, image: Tensor, caption: str | list[str]) -> Tensor:
         """Label-smoothed LM loss, mean over the tokens after the prompt. Captions are cut at 40 tokens."""
+        caption = as_list(caption)
         if len(caption) != len(image):
             raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(caption)}.")
-        texts = self.tokenizer(caption, truncation=True, max_length=40).input_ids
+        texts = token_ids(self.tokenizer, caption, self.text_decoder.config, most=40)
         text = Ragged.of(texts, image.device, self.tokenizer.bos_token_id)
         part = language_part(self.text_decoder, text, self.prompt_length)
         images = image_states(self.text_decoder.bert.encoder, self.visual_encoder(image))
@@ -135,7 +156,7 @@ class BLIP_Decoder(nn.Module):
         sample=False,
         num_beams=3,
         max_length=30,
-        min_length=10,
+        min_length=None,
         top_p=0.9,
         repetition_penalty=1.0,
         length_norm="with_prompt",
@@ -178,8 +199,8 @@ class BLIP_Decoder(nn.Module):
         of its free memory, which is kept for the next call (see `recorded`). Where memory runs out for a batch or for
         these, they are halved. Other `rules`: as of `generate`.
         """
-        rules = Rules(**self.rules(sample, num_beams, repetition_penalty), **rules)
         prompt = self.prompt_ids(self.text_decoder.cls.predictions.bias.device)
+        rules = Rules.of(len(prompt), **self.rules(sample, num_beams, repetition_penalty), **rules)
         encoded = ((in_halves(self.visual_encoder, images),) for images in batches)
         early: dict[int, list[str]] = {}
         due = 0
@@ -205,9 +226,8 @@ class BLIP_Decoder(nn.Module):
 
     def captions(self, ids) -> list[str]:
         """Token ids as text, without the prompt."""
-        return [
-            text[len(self.prompt) :] for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        ]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text[self.prompt_width :].lstrip() for text in texts]
 
 
 def in_halves(encoder: nn.Module, images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from blipfast.text import init_tokenizer
 
-from .blip import load_complete, text_config
+from .blip import load_complete, text_config, token_ids
 from .med import BertModel
 from .packed import ImageStates, first_states, image_states
 from .packing import Ragged
@@ -18,6 +18,7 @@ class BLIP_ITM(nn.Module):
     """forward(image [B, 3, S, S], caption, match_head):
 
     "itm" -> logits [B, 2] of each pair (class 1: they match); "itc" -> cosine similarities [B images, B' texts].
+    caption: B texts; for "itm" also one for all pictures, and any number for one picture.
 
     Official quirk: official BLIP_ITM starts the text with [CLS], although the head was trained behind [ENC].
     The default here is [ENC]; `compat="official"` gives the official scores.
@@ -47,9 +48,9 @@ class BLIP_ITM(nn.Module):
         self.text_proj = nn.Linear(config.hidden_size, embed_dim)
         self.itm_head = nn.Linear(config.hidden_size, 2)
 
-    def encode_text(self, caption: list[str]) -> list[list[int]]:
+    def encode_text(self, caption: str | list[str]) -> list[list[int]]:
         """Token ids of each text, cut at 35."""
-        return self.tokenizer(caption, truncation=True, max_length=35).input_ids
+        return token_ids(self.tokenizer, caption, self.text_encoder.config, most=35)
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """Projected, normalised features [B, E] of image states [B, N, D_v]."""
@@ -79,14 +80,17 @@ class BLIP_ITM(nn.Module):
         text = texts if isinstance(texts, Ragged) else self.pack(texts)
         return self.itm_head(first_states(self.text_encoder, text, images, image))
 
-    def forward(self, image: Tensor, caption: list[str], match_head: str = "itm") -> Tensor:
+    def forward(self, image: Tensor, caption: str | list[str], match_head: str = "itm") -> Tensor:
         if match_head not in ("itm", "itc"):
             raise ValueError(f'match_head must be "itm" or "itc", got {match_head!r}.')
         texts = self.encode_text(caption)
         if match_head == "itm":
-            if len(caption) != len(image):
-                raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(caption)}.")
-            return self.match(self.image_states(self.visual_encoder(image)), texts)
+            pairs = max(len(image), len(texts))
+            if len(texts) not in (1, pairs) or len(image) not in (1, pairs):
+                raise ValueError(f"{len(image)} pictures need 1 or {len(image)} captions, got {len(texts)}.")
+            images = self.image_states(self.visual_encoder(image))
+            of = [0] * pairs if len(image) == 1 else None
+            return self.match(images, texts * (pairs // len(texts)), of)
         image_feat = self.image_features(self.visual_encoder(image, class_only=True))
         return image_feat @ self.text_features(texts).t()
 

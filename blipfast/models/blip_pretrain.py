@@ -12,7 +12,7 @@ from blipfast.ops.contrastive import contrastive_loss
 from blipfast.text import init_tokenizer
 
 from . import gather
-from .blip import text_config
+from .blip import text_config, token_ids
 from .checkpoint import load_bert, load_vit
 from .med import BertLMHeadModel, BertModel
 from .momentum import MomentumModel, hard_negatives
@@ -92,7 +92,7 @@ class BLIP_Pretrain(MomentumModel):
         if len(caption) != B:
             raise ValueError(f"{B} pictures need {B} captions, got {len(caption)}.")
         self.begin_forward()
-        texts = self.tokenizer(caption, truncation=True, max_length=self.max_tokens).input_ids
+        texts = token_ids(self.tokenizer, caption, self.text_encoder.config, self.max_tokens)
         text = Ragged.of(texts, device)
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)

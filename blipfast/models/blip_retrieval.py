@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from blipfast.ops.contrastive import contrastive_loss
 from blipfast.text import init_tokenizer
 
-from .blip import load_complete, text_config
+from .blip import load_complete, text_config, token_ids
 from .gather import GatherLayer, all_gather_with_grad, concat_all_gather
 from .med import BertModel
 from .momentum import MomentumModel, hard_negatives
@@ -63,7 +63,7 @@ class BLIP_Retrieval(MomentumModel):
     def forward(self, image: Tensor, caption: list[str], alpha: float, idx: Tensor) -> tuple[Tensor, Tensor]:
         self.begin_forward()
         device = image.device
-        texts = self.tokenizer(caption, truncation=True, max_length=MAX_TOKENS).input_ids
+        texts = token_ids(self.tokenizer, caption, self.text_encoder.config, MAX_TOKENS)
         text = Ragged.of(texts, device)
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blipfast.text import init_tokenizer
+from blipfast.text import as_list, init_tokenizer
 
 from .answers import answer_losses
-from .blip import load_complete, start_with, text_config
+from .blip import load_complete, start_with, text_config, token_ids
 from .generation import generate
 from .med import BertConfig, BertLMHeadModel, BertModel
 from .packed import (
@@ -77,7 +77,8 @@ class BLIP_VQA(nn.Module):
         image_embeds = self.visual_encoder(image)
         if not train and inference == "generate" and self.compat == "official":
             return self.generate_answer(*self.padded_question_states(image_embeds, question, image_of))
-        texts = self.tokenizer(question, truncation=True, max_length=35).input_ids
+        question = as_list(question)
+        texts = token_ids(self.tokenizer, question, self.text_encoder.config, most=35)
         text = Ragged.of(texts, image.device, self.tokenizer.enc_token_id)
         images = image_states(self.text_encoder.encoder, image_embeds)
         states = all_states(self.text_encoder, text, images, image_of)
@@ -109,7 +110,7 @@ class BLIP_VQA(nn.Module):
         if hasattr(answer, "input_ids"):
             rows = zip(answer.input_ids.tolist(), answer.attention_mask.sum(1).tolist())
             return [ids[:length] for ids, length in rows]
-        texts = self.tokenizer(list(answer)).input_ids
+        texts = token_ids(self.tokenizer, answer, self.text_decoder.config)
         return [[self.tokenizer.bos_token_id, *ids[1:]] for ids in texts]
 
     def answer_loss(self, questions: ImageStates, answer, n: list[int], weights: Tensor) -> Tensor:

@@ -28,19 +28,22 @@ def cast_weights(*modules: nn.Module, stacks: Iterable[Sequence[nn.Linear]] = ()
     stacks: layers that are used as one only; what this yields gives their weight and bias as `packing.stacked` does,
     but cast right into their places. Does nothing outside autocast, under torch.compile, and where a layer's weight is
     not all here (ZeRO-3 brings it when the layer is called). A function that is recomputed in backward must enter this
-    itself. Not for threads that share a model.
+    itself. Threads that share a model may meet each other's cast weights, which are the same.
     """
     as_one = [tuple(stack) for stack in stacks if _alike(stack)]
     used = set(itertools.chain(*as_one))
     layers = [*((layer,) for layer in _linear(modules) if layer not in used), *as_one]
-    groups = [(each, name) for each in layers for name in NAMES if _fits(each[0]._parameters.get(name))]
+    groups = [(each, name) for each in layers for name in NAMES]
+    # each is read once: another thread may put its own in its place, and that must not be put back as the weight
+    weights = [[layer._parameters.get(name) for layer in each] for each, name in groups]
+    fitting = [i for i, own in enumerate(weights) if all(map(_fits, own))]
+    groups, weights = ([some[i] for i in fitting] for some in (groups, weights))
     dtype = None
     if groups and not torch.compiler.is_compiling():
-        dtype = autocast_dtype(groups[0][0][0]._parameters[groups[0][1]])
+        dtype = autocast_dtype(weights[0][0])
     if dtype is None:
         yield stacked
         return
-    weights = [[layer._parameters[name] for layer in each] for each, name in groups]
     cast: list[Tensor | None] = [None] * len(groups)
     # apart, because what a function gives out wants gradients if one of its inputs does
     for learned in {own[0].requires_grad for own in weights}:
@@ -53,8 +56,8 @@ def cast_weights(*modules: nn.Module, stacks: Iterable[Sequence[nn.Linear]] = ()
     of_stack = {(each, name): result for (each, name), result in zip(groups, cast) if len(each) > 1}
 
     def given(stack: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
-        stack = tuple(stack)
-        return tuple(of_stack[stack, name] for name in NAMES) if stack in as_one else stacked(stack)
+        found = tuple(of_stack.get((tuple(stack), name)) for name in NAMES)
+        return stacked(stack) if any(weight is None for weight in found) else found
 
     alone = [(each[0]._parameters, name) for each, name in groups if len(each) == 1]
     try:
@@ -76,8 +79,9 @@ def _linear(modules: Iterable[nn.Module]) -> Iterator[nn.Linear]:
 
 
 def _fits(weight: Tensor | None) -> bool:
-    """None where a layer has no such parameter of its own: no bias, a replica, a pruned layer."""
-    return weight is not None and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
+    """No parameter where a layer has none of its own: no bias, a replica, a pruned layer; another thread's cast one."""
+    own = isinstance(weight, nn.Parameter)
+    return own and weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
 
 
 def _alike(stack: Sequence[nn.Linear]) -> bool:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from blipfast.config import to_dict
+
 from . import huggingface
 from .checkpoint import kind_of, read_state_dict, save_weights
 from .med_config import BertConfig
-from .run import VITS, describe, image_size_of
+from .run import VITS, describe, image_size_of, settings_of
 from .weights import locate
 
 # what of a checkpoint each task needs
 PARTS = {task: kind.parts for task, kind in huggingface.KINDS.items()} | {
     "features": ("visual_encoder", "text_encoder"),
     "nlvr": ("visual_encoder", "text_encoder", "cls_head"),
+}
+USE = {
+    "data": ("prompt", "clean_captions", "max_words"),
+    "evaluate": ("num_beams", "max_length", "min_length", "prompt", "repetition_penalty"),
 }
 ENDINGS = {"official": (".pth", ".pt"), "safetensors": (".safetensors",), "huggingface": ("",)}
 
@@ -55,11 +62,20 @@ def convert(source: str | Path, to: str, output: str | Path, task: str | None = 
         model.tokenizer,
         model.embed_dim,
         model.vision_eps,
-        model.prompt,
+        kept_settings(source),
     )
     return (
         f"wrote {output}/: {huggingface.KINDS[task].architecture}, {len(state)} tensors of {len(model.state)}"
     )
+
+
+def kept_settings(source: str | Path) -> dict[str, dict[str, Any]]:
+    """Of the settings of a model's run those that say how it is used; none where there is no run."""
+    folder = locate(source)
+    if (folder / "config.yaml").is_file():
+        own = to_dict(settings_of(folder))
+        return {section: {name: own[section][name] for name in names} for section, names in USE.items()}
+    return huggingface.own_settings(folder) if (folder / "config.json").is_file() else {}
 
 
 def part_of(state: dict[str, Tensor], task: str | None, source: str | Path) -> dict[str, Tensor]:
@@ -103,8 +119,15 @@ def with_position_ids(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def differs(source: str | Path) -> str:
-    """A warning if a Hugging Face folder's settings are not those that official BLIP has in its code."""
+    """A warning if a folder's settings are not those that official BLIP has in its code."""
     folder = locate(source)
+    if (folder / "config.yaml").is_file():
+        prompt = settings_of(folder).data.prompt
+        return (
+            ""
+            if prompt == huggingface.PROMPT
+            else f"; its captions begin with {prompt!r}, to be given as --prompt"
+        )
     if not (folder / "config.json").is_file():
         return ""
     theirs, notes = huggingface.read_config(folder), []

@@ -37,12 +37,15 @@ def is_hub_name(source: str) -> bool:
 def fetch(source: str) -> Path:
     """The file of a URL, or the folder of a hub name; from the cache if it is there.
 
-    URLs are kept where official BLIP keeps them (torch's hub folder), so its downloads are found. ValueError says
-    what to do when the network or the file is missing.
+    What official BLIP fetches is kept where it does (torch's hub folder), so its downloads are found; other URLs there
+    in folders of their own. ValueError says what to do when the network or the file is missing.
     """
-    if is_url(source):
-        return download(source, Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(source).path).name)
-    return fetch_from_hub(source)
+    if not is_url(source):
+        return fetch_from_hub(source)
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not source.startswith(RELEASED):  # elsewhere many files are called model.safetensors
+        folder /= hashlib.sha256(source.encode()).hexdigest()[:16]
+    return download(source, folder / Path(urlparse(source).path).name)
 
 
 def fetch_from_hub(name: str) -> Path:
@@ -84,13 +87,12 @@ def download(url: str, target: Path) -> Path:
     """The bytes behind `url` as `target`, whole or not at all: size and, where the server names one, SHA-256 agree."""
     if target.is_file():
         return target
-    headers = {"User-Agent": "blipfast"}
-    if os.environ.get("HF_TOKEN") and "huggingface" in urlparse(url).netloc:
-        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
-        request = urllib.request.Request(url, headers=headers)
+        request = urllib.request.Request(url, headers={"User-Agent": "blipfast"})
+        if os.environ.get("HF_TOKEN") and is_hugging_face(url):
+            request.add_unredirected_header("Authorization", f"Bearer {os.environ['HF_TOKEN']}")
         with urllib.request.urlopen(request, timeout=TIMEOUT) as reply, partial.open("wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
             wanted = sha256_in(reply.headers, target.name)
@@ -114,6 +116,13 @@ def download(url: str, target: Path) -> Path:
     return target
 
 
+def is_hugging_face(url: str) -> bool:
+    """Whether a token for Hugging Face may be sent there."""
+    host = urlparse(url).hostname or ""
+    own = urlparse(os.environ.get("HF_ENDPOINT", "")).hostname
+    return host in ("huggingface.co", own) or host.endswith(".huggingface.co")
+
+
 def copy(reply, file, size: int, name: str) -> str:
     """Copy a reply to a file with a progress bar; its SHA-256."""
     digest = hashlib.sha256()
@@ -126,9 +135,12 @@ def copy(reply, file, size: int, name: str) -> str:
 
 
 def sha256_in(headers, name: str) -> str | None:
-    """The hash that Hugging Face sends for large files, or the eight digits in a name like model-1a2b3c4d.pth."""
+    """The hash that Hugging Face sends for large files, or the eight digits in a name like model-1a2b3c4d.pth.
+
+    Eight digits without a letter are more often a date.
+    """
     tag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").strip('W/"')
     if re.fullmatch(r"[0-9a-f]{64}", tag):
         return tag
     short = re.search(r"-([0-9a-f]{8})\.[a-z]+$", name)
-    return short[1] if short else None
+    return short[1] if short and not short[1].isdigit() else None

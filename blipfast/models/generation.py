@@ -48,6 +48,18 @@ class Rules:
     length_norm: str = "with_prompt"
     num_return: int = 1
 
+    @classmethod
+    def of(cls, prompt_length: int, *, max_new_tokens: int | None = None, **rules) -> Rules:
+        """Rules for a prompt of so many tokens. max_new_tokens sets max_length without the prompt.
+
+        min_length is 10 unless given (or None), and not beyond max_length then.
+        """
+        if max_new_tokens is not None:
+            rules["max_length"] = prompt_length + max_new_tokens
+        if rules.get("min_length") is None:
+            rules["min_length"] = min(cls.min_length, rules.get("max_length", cls.max_length))
+        return cls(**rules)
+
     def check(self, prompt_length: int, config: BertConfig) -> None:
         """Raises ValueError for rules that cannot be met."""
         vocab_size = config.vocab_size
@@ -69,7 +81,7 @@ class Rules:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}.")
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
         if self.length_norm not in ("with_prompt", "generated"):
             raise ValueError(f'length_norm must be "with_prompt" or "generated", got {self.length_norm!r}.')
@@ -89,21 +101,21 @@ def generate(
     *,
     image_mask: Tensor | None = None,
     batch_size: int | None = None,
-    max_new_tokens: int | None = None,
     **rules,
 ) -> Tensor:
     """Token ids [B * num_return, L <= max_length], prompt first, padded after the end token.
 
     prompt [T], the same for all; image_embeds [B, N, D_v] (any states to cross-attend to; image_mask [B, N]).
     batch_size: images decoded at a time, all unless given; halved as often as memory runs out, with the same result.
-    max_new_tokens sets max_length without the prompt. rules: those of `Rules`. Raises ValueError for rules that cannot
-    be met, and for image states that are not finite.
+    rules: as of `Rules.of`. Raises ValueError for rules that cannot be met, for image states that are not finite, and
+    for none.
     """
-    if max_new_tokens is not None:
-        rules["max_length"] = len(prompt) + max_new_tokens
-    rules = Rules(**rules)
+    rules = Rules.of(len(prompt), **rules)
+    if not len(image_embeds):
+        raise ValueError("There are no images to write texts for.")
     masks = [None] if image_mask is None else [image_mask]
-    texts = dict(stream(decoder, prompt, [(image_embeds, *masks)], rules, batch_size or len(image_embeds)))
+    batch_size = len(image_embeds) if batch_size is None else batch_size
+    texts = dict(stream(decoder, prompt, [(image_embeds, *masks)], rules, batch_size))
     rows = [ids for i in range(len(image_embeds)) for ids in texts[i]]
     width = max(map(len, rows))
     padded = [ids + [rules.pad_token_id] * (width - len(ids)) for ids in rows]
@@ -124,6 +136,8 @@ def stream(
     decoded at a time, of as many batches as it takes; fewer where memory does not suffice. Unless given, see `places`.
     """
     rules.check(len(prompt), decoder.config)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     waiting = Waiting(iter(batches), rules)
     while waiting.more():
         batch_size = batch_size or places(decoder, prompt, waiting.queue[0].embeds, rules)

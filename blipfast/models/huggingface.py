@@ -37,6 +37,7 @@ NAMES = (
 DERIVED = ("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 CROSS_KEY = "layer.0.crossattention.self.key.weight"  # [text width, width of what is read]
 OFFICIAL_EPS = 1e-6
+PROMPT = "a picture of "
 THEIR_DEFAULTS = {"num_attention_heads": 8, "layer_norm_eps": 1e-12}  # of a text_config that leaves them out
 
 
@@ -116,8 +117,9 @@ def hugging_face_config(
     tokenizer: Tokenizer,
     embed_dim: int = 256,
     vision_eps: float = OFFICIAL_EPS,
+    settings: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """config.json of a model. vit: {width, depth, heads, patch_size}."""
+    """config.json of a model. vit: {width, depth, heads, patch_size}. settings: of blipfast's, see `own_settings`."""
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.sep_token_id,
@@ -153,7 +155,7 @@ def hugging_face_config(
         "torch_dtype": "float32",
         "text_config": text | special,
         "vision_config": vision,
-    }
+    } | ({"blipfast": settings} if settings else {})
 
 
 SHARED = (
@@ -180,6 +182,12 @@ class Described(NamedTuple):
     vocab_size: int
 
 
+def own_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """Settings of the run that a folder was made from, which transformers has no place for: {"data", "evaluate"}."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("blipfast", {}) if isinstance(config, dict) else {}
+
+
 def read_config(folder: Path) -> Described:
     """A folder's config.json; what it leaves out is transformers' default. ValueError if it is no BLIP model's."""
     path = folder / "config.json"
@@ -187,8 +195,9 @@ def read_config(folder: Path) -> Described:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}).") from None
-    if config.get("model_type") != "blip":
-        raise ValueError(f'{path}: a model of type {config.get("model_type")!r}; expected "blip".')
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "blip":
+        raise ValueError(f'{path}: a model of type {kind!r}; expected "blip".')
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     for section in (text, vision):
         if section.get("hidden_act", "gelu") != "gelu":
@@ -245,15 +254,21 @@ def write_folder(
     tokenizer: Tokenizer,
     embed_dim: int = 256,
     vision_eps: float = OFFICIAL_EPS,
-    prompt: str = "a picture of ",
+    settings: dict[str, dict[str, Any]] | None = None,
 ) -> None:
-    """Write the folder that transformers loads as `task`'s class; whole or not at all. An old one is never touched."""
+    """Write the folder that transformers loads as `task`'s class; whole or not at all. An old one is never touched.
+
+    settings: {"data", "evaluate"} of the run, to be found there again by `own_settings`.
+    """
     from safetensors.torch import save_file
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not empty. Give another --output, or remove it first.")
     weights = hugging_face_state(state, task)
-    config = hugging_face_config(task, vit, image_size, med, tokenizer, embed_dim, vision_eps)
+    config = hugging_face_config(task, vit, image_size, med, tokenizer, embed_dim, vision_eps, settings)
+    own = (settings or {}).get("evaluate", {}) if task == "caption" else {}
+    limits = {name: own.get(name, value) for name, value in KINDS[task].generation.items()}
+    prompt = (settings or {}).get("data", {}).get("prompt", PROMPT)
     unfinished = output.with_name(output.name + ".tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -265,8 +280,8 @@ def write_folder(
         write_json(unfinished / "processor_config.json", {"processor_class": "BlipProcessor"})
         ids = {key: value for key, value in config["text_config"].items() if key.endswith("_token_id")}
         ids.pop("sep_token_id")
-        write_json(unfinished / "generation_config.json", ids | KINDS[task].generation)
-        (unfinished / "README.md").write_text(readme(task, prompt), encoding="utf-8")
+        write_json(unfinished / "generation_config.json", ids | limits)
+        (unfinished / "README.md").write_text(readme(task, prompt, limits), encoding="utf-8")
         if output.exists():
             output.rmdir()
         unfinished.replace(output)
@@ -319,9 +334,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def readme(task: str, prompt: str) -> str:
+def readme(task: str, prompt: str, limits: dict[str, int]) -> str:
     """How to get blipfast's results of `task` from transformers."""
-    name, limits = KINDS[task].architecture, ", ".join(f"{k}={v}" for k, v in KINDS[task].generation.items())
+    name, limits = KINDS[task].architecture, ", ".join(f"{k}={v}" for k, v in limits.items())
     say = {
         "caption": f'inputs = processor(image, "{prompt.strip()}", return_tensors="pt")\n'
         f"ids = model.generate(**inputs, {limits})\nprint(processor.decode(ids[0], skip_special_tokens=True))",

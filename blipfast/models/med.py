@@ -301,6 +301,11 @@ class BertPreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
 
+    @property
+    def base_model(self) -> BertPreTrainedModel:
+        """Itself, by the name under which official code and LAVIS reach `encoder` for Grad-CAM."""
+        return self
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)

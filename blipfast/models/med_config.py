@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -47,9 +48,18 @@ class BertConfig:
 
     @classmethod
     def load(cls, source: BertConfig | dict | str | Path) -> BertConfig:
+        """From another, a mapping or a JSON file. ValueError for a key of a mapping that is no setting."""
         if isinstance(source, BertConfig):
             return cls.from_dict(vars(source))
-        return cls.from_dict(source) if isinstance(source, dict) else cls.from_json_file(source)
+        if not isinstance(source, dict):
+            return cls.from_json_file(source)
+        known = [field.name for field in fields(cls)]
+        for name in source:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
+                raise ValueError(f"med_config: {name} is no setting of BERT; {hint}")
+        return cls.from_dict(source)
 
 
 @dataclass

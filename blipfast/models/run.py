@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from blipfast.config import load_config
+from blipfast.config import Config, config_from_dict, load_config
 from blipfast.text import Tokenizer, init_tokenizer, load_tokenizer
 
 from . import huggingface
@@ -15,14 +15,13 @@ from .blip import BLIP_Base, BLIP_Decoder
 from .blip_itm import BLIP_ITM
 from .blip_nlvr import BLIP_NLVR, twin_weights
 from .blip_vqa import BLIP_VQA
-from .checkpoint import load_weights, read_state_dict
+from .checkpoint import kind_of, load_weights, read_state_dict
 from .weights import locate
 
 VITS = {
     "base": {"width": 768, "depth": 12, "heads": 12, "patch_size": 16},
     "large": {"width": 1024, "depth": 24, "heads": 16, "patch_size": 16},
 }
-PROMPT = "a picture of "
 
 
 class Described(NamedTuple):
@@ -43,6 +42,16 @@ class Described(NamedTuple):
         return {name: getattr(self, name) for name in ("vit", "image_size", "med_config", "tokenizer")}
 
 
+def settings_of(path: str | Path) -> Config:
+    """The config of a run folder, what a Hugging Face folder made from one kept of it, else the defaults."""
+    folder = locate(path)
+    if (folder / "config.yaml").is_file():
+        return load_config(folder / "config.yaml")
+    if (folder / "config.json").is_file():
+        return config_from_dict(huggingface.own_settings(folder), str(folder / "config.json"))
+    return Config()
+
+
 def load_captioner(
     path: str | Path, prompt: str | None = None, image_size: int | None = None
 ) -> BLIP_Decoder:
@@ -52,6 +61,10 @@ def load_captioner(
     size. ValueError if a weight would stay random.
     """
     model = describe(path, image_size)
+    if kind_of(model.state) == "vqa":  # its tensors would fit, and its decoder would write nonsense
+        raise ValueError(
+            f"{path}: holds a VQA model, whose decoder answers questions; captioning needs another."
+        )
     prompt = model.prompt if prompt is None else prompt
     return finished(BLIP_Decoder(prompt=prompt, **model.settings), model, path)
 
@@ -115,7 +128,7 @@ def describe(path: str | Path, image_size: int | None = None) -> Described:
             theirs.med,
             theirs.embed_dim,
             huggingface.read_tokenizer(folder, theirs.vocab_size),
-            PROMPT,
+            huggingface.own_settings(folder).get("data", {}).get("prompt", huggingface.PROMPT),
             theirs.vision_eps,
             state,
         )
@@ -127,7 +140,7 @@ def describe(path: str | Path, image_size: int | None = None) -> Described:
             "med_config.json",
             embed_dim,
             init_tokenizer(),
-            PROMPT,
+            huggingface.PROMPT,
             huggingface.OFFICIAL_EPS,
             state,
         )

@@ -6,6 +6,7 @@ Whatever the file, the keys that come out are official BLIP's. Pickled code is n
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -74,7 +75,11 @@ def weights_in(folder: Path) -> Path:
 
 def shards(index: Path) -> list[Path]:
     """The files that a Hugging Face index lists."""
-    files = sorted({index.parent / name for name in json.loads(index.read_text())["weight_map"].values()})
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{index}: no index of weights; expected JSON with "weight_map".') from None
+    files = sorted(index.parent / name for name in names)
     if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{index}: lists {', '.join(missing)}, not in this folder.")
     return files
@@ -90,12 +95,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             'elsewhere with torch.save({"model": state_dict}, PATH).'
         ) from None
     except Exception as error:
+        # torch's own words advise to unpickle without the safety of weights_only
+        why = "no pickle of weights" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise ValueError(
-            f"{path}: not a readable checkpoint ({first_line(error)}). Is it truncated or of another kind?"
+            f"{path}: not a readable checkpoint ({why}). Is it truncated or of another kind?"
         ) from error
-    for key in NESTS:
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
+    while nested := [state[key] for key in NESTS if isinstance(state.get(key), Mapping)]:
+        state = nested[0]
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -161,8 +167,9 @@ def husks(names: list[str]):
 def official_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys of DDP, torch.compile, LAVIS and Hugging Face as official BLIP has them; both names of tied tensors."""
     tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
-    while all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    for prefix in ("module.", "model."):  # of DDP, of Lightning
+        while all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     if any(key.startswith("vision_model.") for key in tensors):
         tensors = {to_official(key): value for key, value in tensors.items()}
     if {"queue_ptr", "idx_queue"} <= tensors.keys() and not any(map(is_decoder, tensors)):

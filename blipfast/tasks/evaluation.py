@@ -56,7 +56,7 @@ def _evaluate(
     metrics |= {f"itc_{name}": value for name, value in itc.items()}
     metrics |= {"itm_accuracy": 100 * collection.itm_accuracy(img2txt), "itm_prior": 200 / 3}
 
-    captioner = prepare(load_captioner(model, prompt=settings.prompt), settings.precision, device)
+    captioner = prepare(load_captioner(model, prompt=settings.prompt or None), settings.precision, device)
     share = list(my_share(len(test)))
     batches = (load(indices).to(device) for indices in chunks(share, settings.batch_size))
     captions = captions_of(captioner, batches, share, len(test), settings)

@@ -18,6 +18,7 @@ from blipfast.models.blip_itm import BLIP_ITM
 from blipfast.models.packed import all_states, first_states, image_states
 from blipfast.models.packing import Ragged
 from blipfast.models.run import describe, finished
+from blipfast.quantize import prepare
 
 
 class FeatureExtractor:
@@ -28,7 +29,7 @@ class FeatureExtractor:
     Raises FileNotFoundError or ValueError for a checkpoint that is missing, broken or without these encoders.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu"):
+    def __init__(self, path: str | Path, device: str | torch.device = "cpu", precision: str = "fp32"):
         described = describe(path)
         self.projects = {
             "vision_proj.weight",
@@ -39,7 +40,7 @@ class FeatureExtractor:
             model = BLIP_ITM(embed_dim=described.embed_dim, **described.settings)
         else:
             model = BLIP_Base(**described.settings)
-        self.model, self.device = finished(model, described, path).to(device), device
+        self.model, self.device = prepare(finished(model, described, path), precision, device), device
         self.image_size = self.model.visual_encoder.image_size
         self.longest = self.model.text_encoder.config.max_position_embeddings
 
@@ -49,13 +50,13 @@ class FeatureExtractor:
 
         tokens: also image_tokens [B, N, D_v].
         """
-        states = self.model.visual_encoder(images.to(self.device), class_only=not tokens).float()
+        states = self.model.visual_encoder(images.to(self.device), class_only=not tokens)
         found = {"image_embeds": states[:, 0]}
         if self.projects:
             found["image_feat"] = F.normalize(self.model.vision_proj(states[:, 0]), dim=-1)
         if tokens:
             found["image_tokens"] = states
-        return {name: value.cpu() for name, value in found.items()}
+        return {name: value.float().cpu() for name, value in found.items()}
 
     @torch.inference_mode()
     def text(self, texts: Sequence[str], tokens: bool = False) -> dict[str, Tensor]:
@@ -92,12 +93,14 @@ class FeatureExtractor:
     ) -> tuple[Tensor | None, Tensor]:
         """All tokens' states, packed (None if not wanted), and those of each text's first token."""
         if not tokens:
-            return None, first_states(self.model.text_encoder, text, images).float()
-        states = all_states(self.model.text_encoder, text, images).float()
+            return None, first_states(self.model.text_encoder, text, images)
+        states = all_states(self.model.text_encoder, text, images)
         return states, states[(lengths.cumsum(0) - lengths).to(states.device)]
 
     @staticmethod
     def _with_tokens(found: dict[str, Tensor], name: str, states: Tensor | None, lengths: Tensor):
         if states is not None:
             found |= {f"{name}_tokens": states, f"{name}_lengths": lengths}
-        return {key: value.cpu() for key, value in found.items()}
+        return {
+            key: (value.float() if value.is_floating_point() else value).cpu() for key, value in found.items()
+        }
