@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 ARCHES = (80, 90)
-SHARED_LIMIT = {80: 166912, 90: 232448}  # bytes of shared memory that one program may use: 163 and 227 KiB
+# bytes of shared memory that one program may use: 163 and 227 KiB, and on GPUs that are not for data centres 99
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}
 DIVISIBLE = [["tt.divisibility", 16]]
 
 

@@ -40,6 +40,15 @@ def test_shipped_configurations_compile_and_fit(op, rows):
 
 
 @pytest.mark.aot
+@pytest.mark.slow
+def test_the_contrastive_loss_fits_smaller_chips():
+    """sm_86 and 89 take sm_80's configurations, sm_120 takes sm_90's, where they have none of their own."""
+    command = [sys.executable, "-m", "blipfast.kernels.aot", "--op", "contrastive", "--arch", "86", "120"]
+    run = subprocess.run(command, env=without_interpreter(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.aot
 def test_every_operation_with_a_kernel_ships_for_both_chips(rows):
     shipped = {(row["op"], row["arch"]) for row in rows}
     ops = {path.stem for path in table.FOLDER.glob("*.json")}

@@ -74,9 +74,9 @@ def model(small):
     return talkative(small)
 
 
-def texts(model, how, device="cpu", **more):
+def texts(model, how, device="cpu", prompt=(20, 21), **more):
     generator = torch.Generator().manual_seed(3)
-    prompt = torch.tensor([TOKENIZER.bos_token_id, 20, 21], device=device)
+    prompt = torch.tensor([TOKENIZER.bos_token_id, *prompt], device=device)
     embeds = model.visual_encoder(torch.randn(11, 3, 32, 32, generator=generator).to(device))
     torch.manual_seed(5)
     return generate(model.text_decoder, prompt, embeds, **RULES, **how, **more)
@@ -95,6 +95,18 @@ def test_steps_of_all_places_without_the_host_give_the_same_texts(model, how, ba
     Repeat.calls = 0
     assert torch.equal(texts(model, how, batch_size=batch_size), expected)
     assert Repeat.calls
+
+
+@pytest.mark.parametrize("batch_size", [11, 4])
+@pytest.mark.parametrize(
+    "how", [{"num_beams": 3}, {"num_beams": 5}, {"sample": True, "num_return": 5}], ids=str
+)
+@torch.no_grad()
+def test_places_left_empty_do_no_harm_with_more_texts_than_prompt_tokens(model, how, batch_size, monkeypatch):
+    expected = texts(model, how, prompt=())
+    monkeypatch.setattr(search, "replays", lambda device: True)
+    monkeypatch.setattr(search, "Replay", Repeat)
+    assert torch.equal(texts(model, how, prompt=(), batch_size=batch_size), expected)
 
 
 @pytest.mark.parametrize("how", WAYS, ids=str)

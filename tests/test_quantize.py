@@ -43,7 +43,6 @@ try:
 except ImportError:
     steps = 0
 needs_int8 = pytest.mark.skipif(not steps, reason="torch has no int8 kernels for this processor")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(params=LAYERS)
@@ -307,7 +306,7 @@ def test_settings_and_the_command_line_know_the_same_precisions():
         quantize(nn.Module(), "bf16")
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, needs", [(torch.int8, (7, 5)), (E4M3, (8, 9))])
 @pytest.mark.parametrize("rows", [1, 17, 300])
 def test_a_gpu_computes_what_the_cpu_does(dtype, needs, rows):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blipfast import backends
+from blipfast.ops.launch import input_precision
 
 from . import search
 from .search import Search
@@ -38,7 +39,7 @@ def likeness(
         "weights": [(x.data_ptr(), x.dtype) for x in weights],
         "training": [module.training for module in decoder.modules()],
         "served": backends.asked(),
-        "fp32": torch.get_float32_matmul_precision(),
+        "fp32": input_precision(),
         "autocast": torch.is_autocast_enabled(prompt.device.type),
         "inference": torch.is_inference_mode_enabled(),
     }

@@ -108,7 +108,8 @@ class Search:
         if free:
             self.move(sorted(set(range(stay, self.active)).difference(leaving)), free)
         self.numbers, self.lengths = self.numbers[:stay], self.lengths[:stay]
-        self.length[stay:] = len(self.prompt)  # what is not read must not grow beyond the texts' room
+        # what is not read must not grow beyond the texts' room, nor begin in slots before the beams' first
+        self.length[stay:] = len(self.prompt) + 1
         return ended
 
     def move(self, places: list[int], to: list[int]) -> None:

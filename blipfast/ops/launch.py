@@ -26,7 +26,10 @@ def tuned(op: str, bucket: str, tensor: Tensor, interpreted: Mapping[str, Any]) 
 
 
 def input_precision() -> str:
-    """How kernels multiply fp32: "ieee", or "tf32" where torch.set_float32_matmul_precision allows it."""
+    """How kernels multiply fp32: "ieee", or "tf32" where torch's settings allow it, the old ones or the new."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # with that set, the old question is an error
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
