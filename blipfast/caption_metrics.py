@@ -136,10 +136,10 @@ def _longest_common(a: Words, b: Words) -> int:
     return row[-1]
 
 
-def _published(
-    captions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
-) -> dict[str, float]:
-    """pycocoevalcap's own pipeline, tokenizer included."""
+def check_scorer(scorer: str) -> None:
+    """Raises ImportError, with what to do, if what the scorer needs is not installed."""
+    if scorer != "pycocoevalcap":
+        return
     if importlib.util.find_spec("pycocoevalcap") is None:
         raise ImportError(
             f"evaluate.scorer pycocoevalcap needs that package: {INSTALL}, or set it to blipfast."
@@ -149,6 +149,13 @@ def _published(
             "evaluate.scorer pycocoevalcap runs Java, which is not on the path: install a Java runtime, or set it "
             "to blipfast."
         )
+
+
+def _published(
+    captions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]
+) -> dict[str, float]:
+    """pycocoevalcap's own pipeline, tokenizer included."""
+    check_scorer("pycocoevalcap")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor

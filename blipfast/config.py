@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import typing
 from dataclasses import dataclass, field
@@ -216,6 +217,9 @@ def config_from_dict(
         check(config, report)
     if problems:
         raise ConfigError("\n".join(problems))
+    config.output, config.data.answers = map(os.path.expanduser, (config.output, config.data.answers))
+    if config.data.prompt.strip() and not config.data.prompt[-1].isspace():
+        config.data.prompt += " "  # YAML drops it unless there are quotes
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Callable
@@ -60,6 +61,18 @@ _RANGES = {
     (0, 1, True): "data.min_scale train.lr_decay_rate",
 }
 
+_DEEPSPEED_SECTIONS = (
+    "zero_optimization bf16 fp16 amp activation_checkpointing comms_logger flops_profiler tensorboard wandb "
+    "csv_monitor timers aio optimizer scheduler data_types"
+).split()
+_DEEPSPEED = [  # the settings of DeepSpeed that people write; others are handed to it as they are
+    *_DEEPSPEED_SECTIONS,
+    *"train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping".split(),
+    *"communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients steps_per_print".split(),
+    *"wall_clock_breakdown dump_state memory_breakdown zero_allow_untested_optimizer".split(),
+    *"zero_force_ds_cpu_optimizer disable_allgather seq_parallel_communication_data_type checkpoint".split(),
+]
+
 
 def check(config: Config, report: Report) -> None:
     """Report what no run could use: values outside their range, settings that contradict each other.
@@ -105,9 +118,27 @@ def check(config: Config, report: Report) -> None:
             "evaluate.min_length",
             f"evaluate.min_length {evaluate.min_length} is above evaluate.max_length {evaluate.max_length}.",
         )
+    check_deepspeed(config.deepspeed, report)
     hook = config.data.text_hook
     if hook and not re.fullmatch(r"[\w.]+:\w+", hook):
         report("data.text_hook", f"data.text_hook is {show(hook)}; expected package.module:function.")
+
+
+def check_deepspeed(settings: dict[str, Any], report: Report) -> None:
+    """Report what DeepSpeed would pass over in silence, or trip over: misspelt settings, sections that are none."""
+    for key, value in settings.items():
+        close = difflib.get_close_matches(key, _DEEPSPEED, 1, 0.8)
+        if close and key not in _DEEPSPEED:
+            report(
+                f"deepspeed.{key}", f"deepspeed.{key} is not a setting. Did you mean deepspeed.{close[0]}?"
+            )
+        if key in _DEEPSPEED_SECTIONS and not isinstance(value, dict):
+            report(f"deepspeed.{key}", f"deepspeed.{key} is {show(value)}; expected a mapping of settings.")
+    zero = settings.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if type(stage) is not int or not 0 <= stage <= 3:
+        name = "deepspeed.zero_optimization.stage"
+        report(name, f"{name} is {show(stage)}; expected 0, 1, 2 or 3.")
 
 
 def check_model(model: ModelConfig, report: Report) -> None:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, build: Any = None) -> int:
         if build is None:
             from blipfast.tasks import build
         return run(load_config(args.config, args.set), build, args.resume, args.overwrite)
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, ImportError, TrainingError) as error:
         if args.traceback:
             raise
         _complain(error)

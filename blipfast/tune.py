@@ -90,7 +90,7 @@ def tune(
 
     while (taken := _take_trial(study, folder, trials, len(settings))) is not None:
         trial, run, lock = taken
-        with lock:
+        with lock, _ended_as_by_ctrl_c():
             values = {setting.name: setting.suggest(trial) for setting in settings}
             chosen = [f"{name}={json.dumps(value)}" for name, value in values.items()]
             print(f"trial {trial.number} ({run}): {'  '.join(chosen)}", flush=True)
@@ -293,6 +293,20 @@ class _Run:
         """The metric at each validation so far, and whether the run keeps the best weights (else the last ones)."""
         records = [r for r in read_records(self.folder / "log.jsonl") if r.get("event") == "evaluate"]
         return [selected(record, self.rule) for record in records], any("best_epoch" in r for r in records)
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and a terminal that closes end the search as Ctrl-C does, which ends its training, too."""
+    try:
+        before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGHUP)}
+    except ValueError:  # not the main thread
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

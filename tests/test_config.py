@@ -219,3 +219,31 @@ def test_the_shipped_configs_load():
     assert paths
     for path in paths:
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("deepspeed: {zero_optimisation: {stage: 2}}", "Did you mean deepspeed.zero_optimization?"),
+        ("deepspeed: {bf16: true}", "deepspeed.bf16 is True; expected a mapping of settings"),
+        ("deepspeed: {zero_optimization: null}", "deepspeed.zero_optimization is None; expected a mapping"),
+        ("deepspeed: {zero_optimization: {stage: '2'}}", "stage is '2'; expected 0, 1, 2 or 3"),
+    ],
+)
+def test_what_deepspeed_would_pass_over_or_trip_over_is_refused(write, text, said):
+    assert said in refused(write(text))
+
+
+def test_settings_of_deepspeed_that_are_not_known_here_are_handed_on(write):
+    config = load_config(write("deepspeed: {compression_training: {a: 1}, zero_optimization: {stage: 3}}"))
+    assert config.deepspeed["compression_training"] == {"a": 1}
+
+
+def test_a_prompt_whose_space_yaml_dropped_gets_it_back(write):
+    assert load_config(write("data: {prompt: a picture of }")).data.prompt == "a picture of "
+    assert load_config(write('data: {prompt: "a picture of "}')).data.prompt == "a picture of "
+    assert load_config(write("data: {prompt: ''}")).data.prompt == ""
+
+
+def test_a_home_folder_is_one(write):
+    assert load_config(write("output: ~/runs/a")).output == str(Path.home() / "runs" / "a")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from blipfast.data.shards import ShardLoader, expand, index_shard, write_shards
+from blipfast.data.shards import ShardLoader, expand, index_shard, is_shards, write_shards
 from blipfast.data.transforms import train_transform
 
 
@@ -180,3 +180,22 @@ def test_samples_are_shuffled_within_windows_of_shards(tmp_path):
     shards = (order >> 32).tolist()
     assert len(set(shards[:20])) == len(set(shards[20:])) == 2  # two windows of two shards each
     assert shards[:20] != sorted(shards[:20]) and len(set(order.tolist())) == 40
+
+
+def test_a_sample_whose_json_has_no_caption_is_replaced_and_named(tmp_path, caplog):
+    members = [("1.png", png(1)), ("1.json", b'{"caption": "picture 1"}')]
+    members += [
+        ("2.png", png(2)),
+        ("2.json", b'{"text": "picture 2"}'),
+        ("3.png", png(3)),
+        ("3.json", b"[1]"),
+    ]
+    loader = load(tar(tmp_path / "x.tar", members), 1)
+    assert set(captions(loader)) == {"picture 1"}
+    assert "2.json: the caption is empty or missing" in caplog.text
+    assert "3.json: the caption is empty or missing" in caplog.text
+
+
+def test_only_names_of_tar_files_are_shards():
+    assert all(map(is_shards, ("a.tar", "a/x-{000..009}.tar", "{a.tar,b.tar}", "a.tar.gz", "x/*.tar")))
+    assert not any(map(is_shards, ("my.target.json", "coco.tartan.jsonl", "tar")))

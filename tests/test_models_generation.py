@@ -252,3 +252,6 @@ def test_a_misspelt_setting_of_bert_is_refused(small):
     small["med_config"]["hidden_sise"] = 48
     with pytest.raises(ValueError, match="hidden_sise is no setting of BERT; did you mean hidden_size"):
         blip_decoder(**small)
+    small["med_config"] = {"hidden_size": "48"}
+    with pytest.raises(ValueError, match="hidden_size is '48'; expected a whole number"):
+        blip_decoder(**small)

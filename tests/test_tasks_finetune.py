@@ -219,3 +219,21 @@ def test_starting_weights_may_lack_only_what_is_named(tmp_path):
     assert model.steps == 7
     config.model.allow_random = ["head"]
     load_starting_weights(Model(), config)
+
+
+def test_figures_of_another_rule_are_not_compared_with(task, tmp_path):
+    """By "score" the second epoch is the best; by "other", on which training goes on, the fourth."""
+    task.FIGURES = [2.0, 3.0, 1.0, 0.5]
+    run(settings(tmp_path, epochs=2), task)
+    assert read(tmp_path / "best.json")["best_epoch"] == 2
+    run(settings(tmp_path, epochs=4, select="other"), task)
+    best = read(tmp_path / "best.json")
+    assert (best["metric"], best["best_epoch"], steps_in(tmp_path / "model.safetensors")) == ("other", 4, 8)
+
+
+def test_a_precision_without_hardware_is_refused_before_training(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = settings(tmp_path)
+    config.evaluate.precision = "fp8"
+    with pytest.raises(ValueError, match="precision fp8 is for NVIDIA's GPUs"):
+        task(config)

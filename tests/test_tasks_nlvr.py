@@ -17,6 +17,7 @@ from blipfast.data.transforms import eval_transform
 from blipfast.models.blip_nlvr import BLIP_NLVR
 from blipfast.models.blip_pretrain import BLIP_Pretrain
 from blipfast.models.checkpoint import read_state_dict, save_weights
+from blipfast.tasks.finetune import evaluate_checkpoint
 from blipfast.tasks.nlvr import NLVRTask
 from blipfast.text import load_tokenizer, train_tokenizer
 from blipfast.train import main
@@ -81,6 +82,25 @@ def test_statements_come_with_two_pictures_and_a_label(folder):
         entry["label"] == "True" for entry in json.loads((folder / "nlvr_train.json").read_text())
     )
     assert statements.identifier(3) == "dev-3-0"
+
+
+def test_labels_are_read_however_they_are_written(folder, tmp_path):
+    entries = json.loads((folder / "nlvr_train.json").read_text())[:5]
+    for entry, label in zip(entries, ["true", True, "TRUE", "false", False]):
+        entry["label"] = label
+    (tmp_path / "labels.json").write_text(json.dumps(entries))
+    assert NLVRDataset(str(tmp_path / "labels.json"), str(folder)).labels.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_statements_whose_labels_are_hidden_are_judged_without_figures(folder, weights, tmp_path):
+    entries = json.loads((folder / "nlvr_test.json").read_text())
+    for entry in entries:
+        del entry["label"]
+    (folder / "hidden.json").write_text(json.dumps(entries))
+    config = settings(folder, "unused")
+    config.data.test = str(folder / "hidden.json")
+    found = evaluate_checkpoint(NLVRTask, config, weights, "test", tmp_path, torch.device("cpu"))
+    assert found == {"statements": len(entries)} and len(result(tmp_path)) == len(entries)
 
 
 def test_a_batch_holds_all_first_pictures_then_all_second_ones(folder):

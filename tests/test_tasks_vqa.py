@@ -302,3 +302,12 @@ def test_generation_reads_the_questions_padding_only_with_the_official_quirks(fo
     for quirks, compat in ((False, "masked"), (True, "official")):
         model = VQATask.build_model(settings(folder, "unused", evaluate_official_quirks=quirks))
         assert isinstance(model, VQAModel) and model.compat == compat
+
+
+def test_validation_questions_without_answers_are_refused_before_training(folder, tmp_path):
+    questions = json.loads((folder / "vqa_val.json").read_text())
+    del questions[0]["answer"]
+    (folder / "bare.json").write_text(json.dumps(questions))
+    for bare, said in (("bare", "bare.json"), ("vqa_test", "9 of 9 questions have no answer")):
+        with pytest.raises(ValueError, match=said):
+            VQATask(settings(folder, tmp_path / "run", data_val=str(folder / f"{bare}.json")))

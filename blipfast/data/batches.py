@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from blipfast.data.sampling import mix, sample_seed
+from blipfast.data.workers import outlive_signals
 
 BROKEN = (ValueError, OSError)  # what reading a damaged sample raises
 _TRIES = 1000  # neighbours looked at in place of a broken sample
@@ -148,6 +149,7 @@ class MicroBatchLoader(ABC):
             prefetch_factor=_PREFETCH if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # or it would draw from the global one
         )
 

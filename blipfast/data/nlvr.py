@@ -18,6 +18,7 @@ from blipfast.data.pictures import Pictures, PicturesDataset, root_setting
 from blipfast.data.readers import read_entries
 from blipfast.text import pre_caption
 
+HIDDEN = -1  # a label that is not known
 _EXPECTED = schemas.EXPECTED["nlvr"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
 
@@ -60,7 +61,8 @@ class NLVRDataset(PicturesDataset):
                 picture_of.extend(self._pictures.add(os.path.join(root, name)) for name in entry.pictures)
                 self._sentences.append(entry.texts[0])
                 self._identifiers.append(str(value.get("identifier", len(labels))))
-                labels.append(str(value["label"]) == "True")
+                label = value.get("label")  # hidden in NLVR2's second test set
+                labels.append(HIDDEN if label is None else str(label).lower() == "true")
             if start == len(self):
                 raise ValueError(f"{path}: there are no statements in it. {_EXPECTED}.")
             numbers = np.array(picture_of[2 * start :])
@@ -79,6 +81,11 @@ class NLVRDataset(PicturesDataset):
     def annotation(self, i: int) -> dict[str, Any]:
         """Sample `i` without its pictures."""
         return {"sentence": self.sentence(i), "label": int(self.labels[i])}
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the labels of some statements are not known."""
+        return bool((self.labels == HIDDEN).any())
 
     def sentence(self, i: int) -> str:
         """Statement `i`, cleaned."""

@@ -147,9 +147,10 @@ class ShardMaker(BatchMaker):
         path = self.paths[shard]
         text = _read_bytes(path, text_at, text_size).decode("utf-8-sig")
         if is_json:
-            text = json.loads(text)["caption"]
+            value = json.loads(text)
+            text = value.get("caption") if isinstance(value, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{path}:{_member_name(path, text_at)}: the caption is empty.")
+            raise ValueError(f"{path}:{_member_name(path, text_at)}: the caption is empty or missing.")
         image = load_image(_read_bytes(path, image_at, image_size), f"{path}:{_member_name(path, image_at)}")
         index = (shard << 32) + place
         return {"image": self.prepare(image), "caption": self.clean(text), "image_id": index, "index": index}
@@ -163,11 +164,12 @@ class ShardMaker(BatchMaker):
 
 def is_shards(source: str) -> bool:
     """Whether a source of pairs names tar shards."""
-    return ".tar" in os.path.basename(source) and not os.path.isdir(source)
+    return bool(re.search(r"\.tar(\.\w+)?($|[,}*])", source)) and not os.path.isdir(source)
 
 
 def expand(pattern: str) -> list[str]:
     """Paths that a pattern stands for, with {000..009}, {a,b}, * and ?. Raises FileNotFoundError if one is missing."""
+    pattern = os.path.expanduser(pattern)
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces:
         span = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from blipfast.data.transforms import Transform
+from blipfast.data.workers import outlive_signals
 
 log = logging.getLogger("blipfast")
 
@@ -44,6 +45,7 @@ def in_batches(
         Subset(view, places),
         batch_size,
         num_workers=workers,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # or it would draw from the one that training uses
     )
     starts = range(0, len(places), batch_size)

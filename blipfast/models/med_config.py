@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
 
 @dataclass
 class BertConfig:
@@ -48,7 +50,7 @@ class BertConfig:
 
     @classmethod
     def load(cls, source: BertConfig | dict | str | Path) -> BertConfig:
-        """From another, a mapping or a JSON file. ValueError for a key of a mapping that is no setting."""
+        """From another, a mapping or a JSON file. ValueError for what in a mapping is no setting or no value of one."""
         if isinstance(source, BertConfig):
             return cls.from_dict(vars(source))
         if not isinstance(source, dict):
@@ -59,6 +61,9 @@ class BertConfig:
                 close = difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
                 raise ValueError(f"med_config: {name} is no setting of BERT; {hint}")
+            wanted, value = type(getattr(cls, name)), source[name]
+            if type(value) is not wanted and not (wanted is float and type(value) is int):
+                raise ValueError(f"med_config: {name} is {value!r}; expected {KINDS[wanted]}.")
         return cls.from_dict(source)
 
 

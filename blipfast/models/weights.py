@@ -6,6 +6,7 @@ Whatever the file, the keys that come out are official BLIP's. Pickled code is n
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -197,16 +198,28 @@ def save_weights(state: dict[str, Tensor], path: str | Path, metadata: dict[str,
     state = {key: value.detach().cpu() for key, value in state.items()}
     try:
         if path.suffix == ".safetensors":
+            from safetensors import SafetensorError
             from safetensors.torch import save_file
 
             unique, tied = untie(state)
-            save_file(unique, partial, {"format": "pt", "tied": json.dumps(tied), **(metadata or {})})
+            try:
+                save_file(unique, partial, {"format": "pt", "tied": json.dumps(tied), **(metadata or {})})
+            except SafetensorError as error:  # a full disk, too
+                raise OSError(f"{path} cannot be written ({error})") from error
+            as_others(partial)
         else:
             torch.save({"model": state, **(metadata or {})}, partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def as_others(path: Path) -> None:
+    """Give a file the permissions that new files have here; safetensors' are for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def untie(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

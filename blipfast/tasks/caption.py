@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from blipfast.caption_metrics import caption_metrics
+from blipfast.caption_metrics import caption_metrics, check_scorer
 from blipfast.config import Config
 from blipfast.data.karpathy import CaptionView
 from blipfast.data.nocaps import NoCapsView
@@ -53,6 +53,7 @@ class CaptionTask(FineTuneTask):
         return model
 
     def check_evaluation(self) -> None:
+        check_scorer(self.config.evaluate.scorer)
         for split in ("val", "test"):
             if getattr(self.config.data, split):
                 open_view(self.config, split)

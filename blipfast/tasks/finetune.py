@@ -39,6 +39,7 @@ from blipfast.models.checkpoint import (
     read_state_dict,
     save_weights,
 )
+from blipfast.precision import dtype_of
 from blipfast.quantize import prepare
 from blipfast.text import load_tokenizer
 
@@ -79,6 +80,7 @@ class FineTuneTask(ABC):
     def __init__(self, config: Config, rank: int = 0, world_size: int = 1):
         self.config, self.rank, self.world_size = config, rank, world_size
         self._check_selection()
+        dtype_of(config.evaluate.precision, "cuda" if torch.cuda.is_available() else "cpu")  # refused now
         self.check_evaluation()
         self.loader = self.build_loader()
         self.model = self.build_model(config)
@@ -141,8 +143,13 @@ class FineTuneTask(ABC):
 
     def begin(self, epoch: int) -> None:
         """Before training, with the epochs already done: take up, or (at 0) forget, which weights are the best."""
-        state = from_main(lambda: _read_state(Path(self.config.output) / BEST, epoch))
+        state = from_main(lambda: _read_state(Path(self.config.output) / BEST, epoch, self.rule))
         self.best_epoch, self.history = state["best_epoch"], {int(e): v for e, v in state["history"].items()}
+
+    @property
+    def rule(self) -> str:
+        """The figure by which weights are the best."""
+        return self.config.train.select or self.best_metric
 
     @property
     def stop(self) -> bool:
@@ -158,7 +165,7 @@ class FineTuneTask(ABC):
         if not validate:
             return None
         metrics = self._figures("val", weights, run / "result" / f"val_epoch_{epoch:02d}", _device(model))
-        value = selected(metrics, self.config.train.select or self.best_metric)
+        value = selected(metrics, self.rule)
         best = math.nan if self.best_epoch is None else self.history[self.best_epoch]
         self.history[epoch] = value
         if self.best_epoch is None or value > best or (math.isnan(best) and not math.isnan(value)):
@@ -205,7 +212,7 @@ class FineTuneTask(ABC):
         return evaluate_checkpoint(type(self), self.config, weights, split, output, device)
 
     def _keep(self, weights: Path, run: Path, metrics: dict[str, float]) -> None:
-        state: dict[str, Any] = {"metric": self.config.train.select or self.best_metric}
+        state: dict[str, Any] = {"metric": self.rule}
         newest = max(self.history)
         if self.best_epoch == newest:
             partial = run / (WEIGHTS + ".partial")
@@ -306,14 +313,19 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def _read_state(path: Path, epoch: int) -> dict[str, Any]:
-    """What best.json says, as far as it holds after `epoch` epochs; empty if the best weights are of a later one."""
+def _read_state(path: Path, epoch: int, rule: str) -> dict[str, Any]:
+    """What best.json says, as far as it holds after `epoch` epochs.
+
+    Empty if the best weights are of a later one, or were chosen by another figure than `rule`.
+    """
     nothing = {"best_epoch": None, "history": {}}
     if not epoch:
         path.unlink(missing_ok=True)
     if not path.is_file():
         return nothing
     state = json.loads(path.read_text())
+    if state["metric"] != rule:
+        return nothing
     state["history"] = {e: value for e, value in state["history"].items() if int(e) <= epoch}
     return state if str(state["best_epoch"]) in state["history"] else nothing
 

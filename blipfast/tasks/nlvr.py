@@ -70,7 +70,7 @@ class NLVRTask(FineTuneTask):
     def evaluate_checkpoint(
         cls, config: Config, checkpoint: Path, split: str, output: Path, device: torch.device
     ) -> dict[str, float]:
-        """Accuracy in per cent, and that of always giving the commoner label.
+        """Accuracy in per cent, and that of always giving the commoner label; neither if labels are hidden.
 
         In `output`: nlvr_result.json, [{"identifier", "label": "True" or "False", "probability": of "True"}].
         """
@@ -99,6 +99,8 @@ class NLVRTask(FineTuneTask):
             for i, probability in enumerate(probabilities.tolist())
         ]
         write_json(output / "nlvr_result.json", results)
+        if statements.hidden:
+            return {"statements": len(statements)}
         share_true = labels.float().mean().item()
         return {
             "accuracy": 100 * (predicted == labels).float().mean().item(),

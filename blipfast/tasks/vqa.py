@@ -73,7 +73,13 @@ class VQATask(FineTuneTask):
             read_answers(self.config.data.answers)
         for split in ("val", "test"):
             if getattr(self.config.data, split):
-                open_questions(self.config, split)
+                questions = open_questions(self.config, split)
+                bare = sum(not questions.answers(i) for i in range(len(questions)))
+                if bare and split == "val":
+                    raise ValueError(
+                        f"{self.config.data.val}: {bare} of {len(questions)} questions have no answer, so the weights "
+                        "cannot be judged on them. Leave those out of data.val."
+                    )
 
     @classmethod
     def build_model(cls, config: Config) -> VQAModel:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..models.weights import as_others
 from . import distributed
 from .ema import MomentumEncoders
 from .engine import WEIGHT, Engine
@@ -123,6 +124,7 @@ def _fresh(folder: Path) -> None:
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, path)
+    as_others(path)
     _flush(path)
 
 
@@ -164,6 +166,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.suffix != ".tmp")
 
 
+def abandon(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond `step`, which a run that starts there must not go on from; their new paths."""
+    beyond = [path for path in checkpoints(folder) if path.name > f"step_{step:07d}"]
+    moved = []
+    for path in beyond:
+        place = path.with_name(f"abandoned_{path.name}")
+        shutil.rmtree(place, ignore_errors=True)
+        moved.append(path.rename(place))
+    return moved
+
+
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a complaint for each newer one that is damaged.
 
@@ -196,7 +209,9 @@ def read_state(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: format {state['format']} is not the format {FORMAT} that this version reads"
             )
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: neither JSON nor even text
         raise CheckpointError(
             f"{path} is not a checkpoint of blipfast (state.json: {type(error).__name__}: {error}). Expected a folder "
             "such as runs/pretrain/checkpoints/step_0001000; for weights alone use model.init_from"
@@ -309,13 +324,16 @@ def check_facts(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> list[
         notes.append(
             f"an epoch had {saved['steps_per_epoch']} steps and has {now['steps_per_epoch']} now: other data"
         )
+    harmless = set(HARMLESS)
+    if now["config"]["train"]["schedule"] == "warmup_cosine":
+        harmless.discard("train.max_steps")  # the cosine ends there
     for section in ("model", "loss", "train", "data", "seed"):
         before, after = (
             _flat(section, saved["config"].get(section)),
             _flat(section, now["config"].get(section)),
         )
         for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name) and name not in HARMLESS:
+            if before.get(name) != after.get(name) and name not in harmless:
                 notes.append(f"{name} was {before.get(name)!r} and is {after.get(name)!r} now")
     return notes
 

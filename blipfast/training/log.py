@@ -74,11 +74,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def rewind(path: Path, step: int) -> None:
     """Drop the records after `step`, which a killed run wrote and the resumed one writes again."""
-    records = read_records(path)
+    records, whole = read_records(path), True
+    if path.exists():
+        whole = not path.stat().st_size or path.read_bytes().endswith(
+            b"\n"
+        )  # else the next record would join it
     kept = [
         record for record in records if record.get("step", 0) <= step and record.get("event") != "complete"
     ]
-    if len(kept) != len(records):
+    if len(kept) != len(records) or not whole:
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         unfinished.replace(path)

@@ -20,6 +20,7 @@ Until then a step whose gradient is not finite has left the weights alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -40,6 +41,7 @@ from .distributed import World
 from .ema import MomentumEncoders
 from .engine import Engine
 from .errors import NotFinite, TrainingError
+from .lock import held
 from .log import RunLog, read_records, rewind
 from .optimizer import state_names
 from .schedule import learning_rate
@@ -68,6 +70,12 @@ def run(config: Config, build: Build, resume: str = "auto", overwrite: bool = Fa
 
 
 def _run(config: Config, build: Build, resume: str, overwrite: bool, world: World) -> int:
+    with contextlib.ExitStack() as stack:
+        distributed.from_main(lambda: stack.enter_context(held(Path(config.output))))
+        return _run_alone(config, build, resume, overwrite, world)
+
+
+def _run_alone(config: Config, build: Build, resume: str, overwrite: bool, world: World) -> int:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     output = Path(config.output)
@@ -97,7 +105,7 @@ def _run(config: Config, build: Build, resume: str, overwrite: bool, world: Worl
                     f"{output} is complete ({position.step} steps). To train again: --overwrite or another `output:`"
                 )
             return 0
-    distributed.from_main(lambda: _open_run(config, output, position.step))
+    left: list[str] = distributed.from_main(lambda: _open_run(config, output, position.step, overwrite))
 
     engine = _engine(config, task.model, world)
     for buffer in engine.model.buffers():
@@ -109,7 +117,7 @@ def _run(config: Config, build: Build, resume: str, overwrite: bool, world: Worl
     trainer.take_up(records, position)
     trainer.log = RunLog(output / "log.jsonl", total, position.step)
     trainer.log.say(_summary(config, task, engine, world, steps_per_epoch, total))
-    for note in notes:
+    for note in [*notes, *left]:
         trainer.log.say(f"note: {note}")
     if start is not None:
         trainer.log.say(f"resuming from {start}")
@@ -120,33 +128,56 @@ def _run(config: Config, build: Build, resume: str, overwrite: bool, world: Worl
 
 
 def _prepare(output: Path, resume: str, overwrite: bool) -> Path | None:
-    """Which checkpoint to start from; runs on rank 0."""
+    """Which checkpoint to start from; runs on rank 0. Nothing is changed yet: there may be errors still."""
     folder = output / "checkpoints"
-    if overwrite:
-        for old in [*folder.glob("step_*")]:
-            shutil.rmtree(old)
-        (output / "log.jsonl").unlink(missing_ok=True)
-    if resume == "none":
-        if checkpoint.checkpoints(folder):
+    earlier = checkpoint.checkpoints(folder)
+    if resume not in ("auto", "none"):
+        start = Path(resume)
+        checkpoint.read_state(start)
+        inside = start.resolve().parent == folder.resolve()
+        if inside and overwrite:
+            raise ValueError(f"--overwrite would delete {start}, which --resume names: leave one of them out")
+        if earlier and not inside and not overwrite:
             raise ValueError(
-                f"{folder} holds checkpoints of an earlier run. Resume it (--resume auto), choose another `output:`, "
-                "or delete it with --overwrite"
+                f"{folder} holds checkpoints of another run than {start}. Choose another `output:`, or delete them "
+                "with --overwrite"
             )
+        return start
+    if overwrite:
         return None
-    if resume != "auto":
-        checkpoint.read_state(Path(resume))
-        return Path(resume)
+    if resume == "none" and earlier:
+        raise ValueError(
+            f"{folder} holds checkpoints of an earlier run. Resume it (--resume auto), choose another `output:`, "
+            "or delete it with --overwrite"
+        )
     start, complaints = checkpoint.newest(folder)
     for complaint in complaints:
         print(f"warning: {complaint}", flush=True)
+    if start is None and any(r.get("event") == "complete" for r in read_records(output / "log.jsonl")):
+        raise ValueError(
+            f"{output} holds a finished run without its checkpoints, which would be lost. Choose another `output:`, or "
+            "train again over it with --overwrite"
+        )
     return start
 
 
-def _open_run(config: Config, output: Path, step: int) -> None:
-    """Make the output folder, keep the config in it, and drop log records beyond `step`; runs on rank 0."""
-    (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+def _open_run(config: Config, output: Path, step: int, overwrite: bool) -> list[str]:
+    """Make the output folder, keep the config in it, and set aside what is beyond `step`; runs on rank 0.
+
+    overwrite: delete the checkpoints and the log of the earlier run. Returns lines for the person at the console.
+    """
+    folder = output / "checkpoints"
+    if overwrite:
+        for old in checkpoint.checkpoints(folder):
+            shutil.rmtree(old)
+        (output / "log.jsonl").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_config(config, output / "config.yaml")
     rewind(output / "log.jsonl", step)
+    return [
+        f"{path} is of the run as it went on before; it is not resumed"
+        for path in checkpoint.abandon(folder, step)
+    ]
 
 
 def _engine(config: Config, model: torch.nn.Module, world: World) -> Engine:
@@ -217,6 +248,7 @@ class _Trainer:
     ):
         self.config, self.task, self.engine, self.momentum, self.world = config, task, engine, momentum, world
         self.facts, self.total = facts, total
+        self.saved = -1  # the step of the newest checkpoint
         self.folder = Path(config.output) / "checkpoints"
         self.stop_signal = ""  # the signal that this rank received
         self.stopping = False  # whether any rank received one: agreed on in every step
@@ -242,6 +274,7 @@ class _Trainer:
     def train(self, position: Position) -> int:
         """Epochs from `position` to the end, then evaluation and the task's finish."""
         restore = self._catch_signals()
+        self.saved = position.step
         try:
             position = self._epochs(position)
         finally:
@@ -272,6 +305,8 @@ class _Trainer:
             if self._evaluation_is_due(position):  # by a resumed run, too, that was killed before it
                 self._evaluate(position)
             if getattr(self.task, "stop", False):
+                if self.saved != position.step:  # or the finished run would go on from the last checkpoint
+                    self._save(position, steps)
                 break
             epoch = position.epoch
             batches = iter(self.task.loader.iterate(epoch, position.step_in_epoch))
@@ -288,7 +323,7 @@ class _Trainer:
                     self._save(position, steps)
                 if self.stopping or position.step >= self.total:
                     break
-            if position.step_in_epoch == steps:
+            if position.step_in_epoch >= steps:  # beyond it: a resumed run whose data are fewer now
                 position = Position(position.step, epoch + 1, 0)
         return position
 
@@ -400,6 +435,7 @@ class _Trainer:
                 f"warning: {self.problem}. Older checkpoints are untouched and training goes on; make room"
             )
             return
+        self.saved = position.step
         if distributed.is_main():
             checkpoint.prune(self.folder, self.config.train.keep_checkpoints)
 
