@@ -112,10 +112,13 @@ class Int8Mlp(nn.Module):
 
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, width: int) -> Tensor:
-    """`function`, of rows in fp32, `CHUNK` at a time: x [..., D] -> [..., width], in the dtype of x."""
+    """`function`, of rows in fp32, up to `CHUNK` at a time: x [..., D] -> [..., width], in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1])
+    parts = -(-len(rows) // CHUNK)  # as large as each other: few rows take as long as many
+    if parts <= 1:
+        return function(rows.float()).to(x.dtype).view(*x.shape[:-1], width)
     out = rows.new_empty(len(rows), width)
-    for some, result in zip(rows.split(CHUNK), out.split(CHUNK)):
+    for some, result in zip(rows.chunk(parts), out.chunk(parts)):
         result.copy_(function(some.float()))
     return out.view(*x.shape[:-1], width)
 

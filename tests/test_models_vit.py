@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+from blipfast.models import vit
 from blipfast.models.vit import create_vit, interpolate_pos_embed
 
 SMALL = dict(width=32, depth=3, heads=4, patch_size=8)
@@ -30,16 +32,16 @@ def test_official_sizes_and_their_quirk():
 
 
 @pytest.mark.parametrize(
-    "vit, size, message",
+    "sizes, size, message",
     [
         ("huge", 224, '"base", "large"'),
         ({"widht": 3}, 32, "widht"),
         (SMALL, 33, "multiple of the patch size 8"),
     ],
 )
-def test_impossible_encoders_are_refused(vit, size, message):
+def test_impossible_encoders_are_refused(sizes, size, message):
     with pytest.raises(ValueError, match=message):
-        create_vit(vit, size)
+        create_vit(sizes, size)
 
 
 def test_pictures_of_another_size_are_refused():
@@ -92,3 +94,22 @@ def test_bf16_attention_on_cpu_is_as_exact_as_plain_torch():
     with torch.autocast("cpu", torch.bfloat16):
         ours = attention(*half)
     assert ours.dtype == torch.bfloat16 and (ours.float() - exact).abs().max() <= 2 * plain
+
+
+@pytest.mark.parametrize("class_only", [False, True])
+def test_many_pictures_are_encoded_in_parts_on_a_cpu(class_only, monkeypatch):
+    encoder, _ = create_vit(SMALL, 32)
+    images, encoded = torch.randn(7, 3, 32, 32), []
+    expected = encoder(images, class_only=class_only)
+    encode = encoder.encode
+    monkeypatch.setattr(vit, "ROWS", 2 * encoder.pos_embed.shape[1])
+    monkeypatch.setattr(
+        encoder, "encode", lambda x, *args, **how: encoded.append(len(x)) or encode(x, *args, **how)
+    )
+    with torch.no_grad():
+        assert_close(encoder(images, class_only=class_only), expected)
+        assert encoded == [2, 2, 2, 1]
+        encoder(images, register_blk=0)
+        encoder(images[:2])
+    encoder(images)
+    assert encoded[4:] == [7, 2, 7], "whole for attention maps, if few, and with gradients"

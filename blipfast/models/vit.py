@@ -24,6 +24,8 @@ from blipfast.ops.patch_embed import patch_embed
 from .attention import KeepsAttention
 from .cast_weights import cast_weights
 
+ROWS = 5000  # of tokens at a time; see `in_parts`
+
 
 class Mlp(nn.Module):
     """Linear, activation, linear."""
@@ -223,6 +225,13 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor, register_blk: int = -1, class_only: bool = False) -> Tensor:
         self.patch_embed.check(x)
+        parts = 1 if register_blk >= 0 else in_parts(x, self.pos_embed.shape[1])
+        if parts == 1:
+            return self.encode(x, register_blk, class_only)
+        return torch.cat([self.encode(part, class_only=class_only) for part in x.chunk(parts)])
+
+    def encode(self, x: Tensor, register_blk: int = -1, class_only: bool = False) -> Tensor:
+        """`forward` of all pictures at once."""
         proj = self.patch_embed.proj
         x = self.pos_drop(patch_embed(x, proj.weight, proj.bias, self.cls_token, self.pos_embed))
         norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)] + [self.norm]
@@ -236,6 +245,15 @@ class VisionTransformer(nn.Module):
             branch = block.run(block.mlp, h)
             h, x = add_norm(block.drop_path(branch), x, norms[2 * i + 2])
         return h
+
+
+def in_parts(x: Tensor, tokens: int) -> int:
+    """In how many parts to encode pictures of so many tokens: several on a CPU without gradients, if there are many.
+
+    oneDNN multiplies more than `ROWS` rows at down to half the speed, and what is made of them is new memory each time.
+    """
+    whole = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return 1 if whole else max(1, -(-len(x) * tokens // ROWS))
 
 
 def add_norm(branch: Tensor, residual: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
