@@ -10,7 +10,7 @@ CPU, int8. Decoding gains, where a step reads every weight for a few rows: the p
 rows, took 0.7 of their time in bf16 on a processor with AMX, and all of decoding 0.88. With AMX the image encoder, with
 hundreds of rows, is as fast in bf16 and keeps its precision. Without, it gains most: two cores of an EPYC do 1.8 T
 operations a second in int8, 0.85 T in bf16 and 0.2 T in fp32 by AVX2. Its attention, and cross-attention keys and
-values, are never int8.
+values, are never int8. All of captioning: README's table.
 
 GPU: not yet measured, hence no default. A count for an H200 (989 TFLOP/s in bf16, 1979 in fp8, 4.8 TB/s) says:
 - Decoding stays in bf16. A step of a base model reads 250 MB of weights in 52 us. Half the bytes would save 26 us, and
