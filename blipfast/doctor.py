@@ -31,6 +31,9 @@ OPTIONAL = {
     "xformers": "another backend of attention; not needed",
     "simplejpeg": "faster JPEG decoding: pip install 'blipfast[fast]'",
     "matplotlib": "loss curves: pip install 'blipfast[plot]'",
+    "optuna": "searching hyperparameters: pip install 'blipfast[tune]'",
+    "pycocoevalcap": "METEOR and SPICE of captions, with Java: pip install 'blipfast[metrics]'",
+    "av": "retrieval of videos: pip install 'blipfast[video]'",
 }
 
 

@@ -161,6 +161,7 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json for `load_tokenizer`; an old file is replaced whole."""
         path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + ".tmp")
         unfinished.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         unfinished.replace(path)

@@ -170,6 +170,19 @@ def test_a_folder_may_hold_pictures_without_captions_but_not_only_those(pictures
         PairsDataset(str(pictures), format="pairs")
 
 
+def test_linked_folders_are_read_and_a_circle_of_links_ends(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for place in (tmp_path / "elsewhere", folder):
+        Image.new("RGB", (8, 8)).save(place / "a.png")
+        (place / "a.txt").write_text(place.name)
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to(folder)
+    pairs = PairsDataset(str(folder))
+    assert sorted(pairs.caption(i) for i in range(len(pairs))) == ["elsewhere", "folder"]
+
+
 def test_a_large_file_is_indexed_in_little_memory(pictures):
     source = write(
         pictures / "a.jsonl",

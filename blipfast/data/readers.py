@@ -170,8 +170,13 @@ def _read_folder(folder: Path) -> Iterator[Record]:
 
 
 def pictures_below(folder: Path) -> Iterator[Path]:
-    """Pictures in a folder and its subfolders, by their endings, in the order of their paths."""
-    for directory, subfolders, names in os.walk(folder):
+    """Pictures in a folder and its subfolders, linked ones too, by their endings, in the order of their paths."""
+    seen = set()
+    for directory, subfolders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:  # a link to a folder above
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders.sort()
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in PICTURES:
