@@ -98,7 +98,10 @@ def test_unpacking_again_does_nothing_and_another_choice_replaces(unpacked):
     before = (unpacked / "train.jsonl").stat().st_mtime_ns
     assert emoji.unpack(unpacked) == unpacked
     assert (unpacked / "train.jsonl").stat().st_mtime_ns == before
+    (unpacked / "tokenizer.json").write_text("mine")
     emoji.unpack(unpacked, unseen="streamline")
+    assert (unpacked / "tokenizer.json").read_text() == "mine"
+    (unpacked / "tokenizer.json").unlink()
     assert {line["vendor"] for line in lines(unpacked / "test.jsonl")} == {"streamline"}
     assert [path.name for path in unpacked.parent.iterdir()] == ["emoji"]
 

@@ -38,7 +38,8 @@ def unpack(directory: str | os.PathLike, unseen: str = UNSEEN, groups: str = "co
         vendors have drawn. No caption comes twice, and each is a caption in training.
     Counts for unseen="fluent": 3,789 (concrete) or 6,880 (all) training pictures, 651 test pictures.
 
-    Returns the folder. Where the same set lies already nothing is done; another set made by this function is replaced.
+    Returns the folder. Where the same set lies already nothing is done; another set made by this function is replaced,
+    other files beside it stay.
     The folder appears complete or not at all. Raises ValueError for an unknown vendor or group, FileExistsError if
     `directory` holds something else.
     """
@@ -57,9 +58,13 @@ def unpack(directory: str | os.PathLike, unseen: str = UNSEEN, groups: str = "co
         fresh = Path(scratch, "fresh")
         _write(fresh, unseen, groups)
         (fresh / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+        old = Path(scratch, "old")
         if directory.exists():
-            directory.rename(Path(scratch, "old"))
+            directory.rename(old)
         fresh.rename(directory)
+        for path in old.glob("*"):  # what others put there, such as a tokenizer
+            if path.is_file() and not (directory / path.name).exists():
+                path.rename(directory / path.name)
     return directory
 
 
