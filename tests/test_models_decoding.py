@@ -152,6 +152,40 @@ def test_the_processor_decides_who_multiplies_linear_op(cpu, rows, dtype, onednn
     assert called == ["onednn"] * onednn + ["left"] * left
 
 
+@pytest.mark.parametrize(
+    "cpu, shape, dtype, sizes",
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, (1, 577), torch.float32, [584]),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, (577,), torch.bfloat16, [584]),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, (17, 53), torch.bfloat16, [904]),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, (580,), torch.bfloat16, [580]),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, (197,), torch.bfloat16, [197]),
+        (
+            {"cpu_name": "Intel(R) Xeon(R)", "amx_bf16": True, "avx512_bf16": True},
+            (577,),
+            torch.bfloat16,
+            [577],
+        ),
+    ],
+)
+@torch.no_grad()
+def test_a_pictures_tokens_are_multiplied_with_rows_of_zeros(cpu, shape, dtype, sizes, monkeypatch):
+    monkeypatch.setattr(processor, "_capabilities", lambda: cpu)
+    layer, x, seen = nn.Linear(24, 40).to(dtype), torch.randn(*shape, 24).to(dtype), []
+
+    def counted(multiply):
+        return lambda x, *rest: seen.append(x.shape[:-1].numel()) or multiply(x, *rest)
+
+    if linear_op._onednn is None:
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(linear_op, "_onednn", counted(linear_op._onednn))
+    monkeypatch.setattr(F, "linear", counted(F.linear))
+    y = linear(layer, x, gelu=True)
+    assert seen == sizes and y.shape == (*shape, 40)
+    monkeypatch.undo()
+    assert_close(y, F.gelu(layer(x)), **({"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}))
+
+
 @torch.no_grad()
 def test_without_onednn_a_linear_layer_of_linear_op_gives_the_same(monkeypatch):
     monkeypatch.setattr(linear_op, "ONEDNN_SIZE", 1)
