@@ -218,8 +218,6 @@ def config_from_dict(
     if problems:
         raise ConfigError("\n".join(problems))
     config.output, config.data.answers = map(os.path.expanduser, (config.output, config.data.answers))
-    if config.data.prompt.strip() and not config.data.prompt[-1].isspace():
-        config.data.prompt += " "  # YAML drops it unless there are quotes
     return config
 
 

@@ -22,7 +22,19 @@ from blipfast.data.images import composite
 from blipfast.models.blip_itm import BLIP_ITM
 
 MAX_TOKENS = 35  # as ITM was trained
-FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")  # of figures
+FORMATS = (
+    ".png",
+    ".pdf",
+    ".svg",
+    ".svgz",
+    ".eps",
+    ".ps",
+    ".jpg",
+    ".jpeg",
+    ".tif",
+    ".tiff",
+    ".webp",
+)  # of figures
 
 
 class Heat(NamedTuple):

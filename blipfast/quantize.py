@@ -236,6 +236,8 @@ def image_encoder_gains() -> bool:
 
 def image_layers(model: nn.Module) -> Iterator[str]:
     """What int8 replaces on a CPU where `image_encoder_gains`. Not the last qkv, of which retrieval reads parts."""
+    if not hasattr(model, "visual_encoder"):
+        return
     last = len(model.visual_encoder.blocks) - 1
     for path, module in model.visual_encoder.blocks.named_modules(prefix="visual_encoder.blocks"):
         attention = type(module) is nn.Linear and ".attn." in path

@@ -248,6 +248,12 @@ def as_list(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
+def with_prompt(prompt: str, caption: str) -> str:
+    """A caption after a prompt; a space at the prompt's end, which YAML drops unless there are quotes, is put back."""
+    gap = " " if prompt and prompt[-1].isascii() and prompt[-1].isalnum() else ""
+    return prompt + gap + caption
+
+
 def pre_caption(caption: str, max_words: int = 50) -> str:
     """Official BLIP's caption cleaning: lower case, . ! " ( ) * # : ; ~ to spaces, at most `max_words` words."""
     caption = re.sub(r"\s{2,}", " ", re.sub(r'[.!"()*#:;~]', " ", caption.lower()))

@@ -33,6 +33,7 @@ import blipfast.train
 from blipfast.config import Config, load_config, save_config
 from blipfast.tasks import task_class
 from blipfast.tasks.finetune import FineTuneTask, selected
+from blipfast.training.lock import is_held
 from blipfast.training.log import read_records
 from blipfast.tune_report import write_report
 from blipfast.tune_space import read_space
@@ -192,6 +193,8 @@ def _take_up(study: Any, folder: Path, size: int) -> None:
             if lock is None:
                 continue  # another process is at it
             lock.close()
+            if is_held(folder / "trials" / run):
+                continue  # its training outlived the search
         study.tell(trial.number, state=import_optuna().trial.TrialState.FAIL)
         if run and len(trial.params) == size:
             study.enqueue_trial(trial.params, user_attrs={"folder": run})
@@ -298,8 +301,11 @@ class _Run:
 @contextlib.contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
     """Let SIGTERM and a terminal that closes end the search as Ctrl-C does, which ends its training, too."""
+    numbers = [
+        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN
+    ]  # nohup
     try:
-        before = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGTERM, signal.SIGHUP)}
+        before = {n: signal.signal(n, signal.default_int_handler) for n in numbers}
     except ValueError:  # not the main thread
         before = {}
     try:

@@ -372,3 +372,19 @@ def test_doctor_tells_nvidias_apex_from_its_namesake_without_importing_it(monkey
         (tmp_path / file).write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     assert said in doctor.apex()
+
+
+def test_two_pictures_do_not_share_a_text_file(capsys, run_folder, pictures):
+    shutil.copy(pictures / "red.png", pictures / "red.jpg")
+    code, _, err = blipfast(
+        capsys, "caption", "--model", run_folder, "--txt", pictures / "red.png", pictures / "red.jpg"
+    )
+    assert code == 2 and "red.png and" in err and "would share" in err
+    assert not (pictures / "red.txt").exists()
+
+
+def test_a_penalty_of_zero_is_refused_and_not_replaced(capsys, run_folder, pictures):
+    code, _, err = blipfast(
+        capsys, "caption", "--model", run_folder, "--repetition-penalty", 0, pictures / "red.png"
+    )
+    assert code == 2 and "repetition_penalty must be above 0" in err

@@ -239,11 +239,5 @@ def test_settings_of_deepspeed_that_are_not_known_here_are_handed_on(write):
     assert config.deepspeed["compression_training"] == {"a": 1}
 
 
-def test_a_prompt_whose_space_yaml_dropped_gets_it_back(write):
-    assert load_config(write("data: {prompt: a picture of }")).data.prompt == "a picture of "
-    assert load_config(write('data: {prompt: "a picture of "}')).data.prompt == "a picture of "
-    assert load_config(write("data: {prompt: ''}")).data.prompt == ""
-
-
 def test_a_home_folder_is_one(write):
     assert load_config(write("output: ~/runs/a")).output == str(Path.home() / "runs" / "a")

@@ -63,3 +63,11 @@ def test_config_chooses_the_augmentation_and_bad_hooks_are_named():
             TextAugment(hook=hook)
     with pytest.raises(ValueError, match="data.word_dropout"):
         TextAugment(word_dropout=1.2)
+
+
+def test_a_prompt_stays_apart_from_words_that_change():
+    for prompt in ("a picture of", "a picture of "):
+        augment = TextAugment(word_dropout=0.5, prompt=prompt)
+        assert all(
+            augment(f"a picture of {CAPTION}", Random(i)).startswith("a picture of ") for i in range(20)
+        )

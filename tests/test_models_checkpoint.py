@@ -330,7 +330,8 @@ def test_files_of_one_name_at_two_addresses_are_two(tmp_path, server):
 
 def test_what_official_blip_has_fetched_is_found(own_cache):
     save_weights({"one": torch.ones(1)}, own_cache / "torch" / "checkpoints" / "model_base.pth")
-    assert read_state_dict(RELEASED + "model_base.pth")["one"] == 1
+    for address in RELEASED:
+        assert read_state_dict(address + "some/model_base.pth")["one"] == 1
 
 
 def test_the_token_goes_to_hugging_face_only(tmp_path, server, monkeypatch):

@@ -120,7 +120,9 @@ def test_what_makes_no_sense_is_refused(model, prompt, embeds):
         generate(model.text_decoder, prompt, embeds, repetition_penalty=float("nan"), **RULES)
 
 
-@pytest.mark.parametrize("asked", ["a picture of ", "a photo of", "a close-up of ", "A  photo of "])
+@pytest.mark.parametrize(
+    "asked", ["a picture of ", "a photo of", "a close-up of ", "A  photo of ", " a picture of "]
+)
 def test_a_caption_is_what_follows_the_prompt_however_that_is_written(small, asked):
     torch.manual_seed(0)
     model = blip_decoder(prompt=asked, **small).eval()
@@ -252,6 +254,8 @@ def test_a_misspelt_setting_of_bert_is_refused(small):
     small["med_config"]["hidden_sise"] = 48
     with pytest.raises(ValueError, match="hidden_sise is no setting of BERT; did you mean hidden_size"):
         blip_decoder(**small)
+    del small["med_config"]["hidden_sise"]
+    blip_decoder(**small | {"med_config": small["med_config"] | {"hidden_act": "gelu", "model_type": "bert"}})
     small["med_config"] = {"hidden_size": "48"}
     with pytest.raises(ValueError, match="hidden_size is '48'; expected a whole number"):
         blip_decoder(**small)

@@ -13,6 +13,7 @@ from blipfast.text import (
     pre_caption,
     pre_question,
     train_tokenizer,
+    with_prompt,
 )
 
 STRINGS = [
@@ -278,3 +279,12 @@ def test_tokens_and_ids_are_told_as_transformers_tells_them():
     assert tokenizer.convert_ids_to_tokens(tokenizer.enc_token_id) == "[ENC]"
     assert tokenizer.convert_tokens_to_ids("no such token") == tokenizer.unk_token_id
     assert tokenizer.vocab_size == 30522
+
+
+def test_a_prompt_whose_space_yaml_dropped_gets_it_back():
+    assert (
+        with_prompt("a picture of", "a dog") == with_prompt("a picture of ", "a dog") == "a picture of a dog"
+    )
+    assert with_prompt("", "a dog") == "a dog"
+    assert with_prompt("photo-", "a dog") == "photo-a dog"
+    assert with_prompt("图片是", "一只狗") == "图片是一只狗"

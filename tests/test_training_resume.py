@@ -57,6 +57,8 @@ def test_a_checkpoint_of_another_run_starts_an_empty_folder_only(twelve, finishe
         train(finished, "train.max_steps=14", resume=start)
     assert train(tmp_path / "third", "train.max_steps=14", resume=start) == 0
     assert min(losses(tmp_path / "third")) == 13
+    assert train(finished, "train.max_steps=14", resume=start, overwrite=True) == 0
+    assert sorted(losses(finished)) == [13, 14], "of the other run nothing is left"
 
 
 def test_overwrite_deletes_nothing_before_the_run_can_start(finished):
@@ -105,7 +107,7 @@ def test_one_training_at_a_time_in_a_folder(tmp_path):
         launch.kill(first)
         launch.finish(first)
     launch.run(launch.TOY, *command)
-    assert not (output / "training.lock").exists()
+    assert (output / "training.lock").read_text() == ""
 
 
 def test_a_run_that_stops_early_is_complete(tmp_path, capsys):

@@ -89,7 +89,9 @@ def choices(args: argparse.Namespace, settings: EvaluateConfig) -> dict[str, Any
         raise ValueError("--overwrite does nothing without --txt.")
     searched = {
         "num_beams": args.beams or settings.num_beams,
-        "repetition_penalty": args.repetition_penalty or settings.repetition_penalty,
+        "repetition_penalty": settings.repetition_penalty
+        if args.repetition_penalty is None
+        else args.repetition_penalty,
     }
     drawn = {"sample": True, "top_p": 0.9 if args.top_p is None else args.top_p}
     return {
@@ -108,7 +110,16 @@ def pictures(args: argparse.Namespace) -> list[str]:
         if not inside:
             raise ValueError(f"{path}: there are no pictures in this folder.")
         found += inside
-    if not args.txt or args.overwrite:
+    if not args.txt:
+        return found
+    texts = {path: Path(path).with_suffix(".txt") for path in found}
+    if len(set(texts.values())) < len(texts):
+        first = {text: path for path, text in reversed(texts.items())}
+        twice = next(path for path, text in texts.items() if first[text] != path)
+        raise ValueError(
+            f"{first[texts[twice]]} and {twice} would share {texts[twice]}: rename one, or use --json."
+        )
+    if args.overwrite:
         return found
     bare = [path for path in found if sidecar_of(Path(path)) is None]
     if len(bare) < len(found):
@@ -175,11 +186,12 @@ def as_lines(found: Iterator[Captioned]) -> int:
 def as_json(found: Iterator[Captioned]) -> int:
     """Print a list, entry by entry, and its end even if it is cut short; how many pictures have no caption."""
     failures, before = 0, "["
+    unicode = "utf" in (sys.stdout.encoding or "").lower()
     try:
         for one in found:
             failures += one.caption is None
             entry = {"error": one.error} if one.caption is None else {"caption": one.caption}
-            text = json.dumps({"path": one.path} | entry, indent=2, ensure_ascii=False)
+            text = json.dumps({"path": one.path} | entry, indent=2, ensure_ascii=not unicode)
             print(before, textwrap.indent(text, "  "), sep="\n", end="", flush=True)
             before = ","
     finally:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from blipfast.data.images import load_image
 from blipfast.data.readers import read_source
-from blipfast.text import pre_caption
+from blipfast.text import pre_caption, with_prompt
 
 _LOOKED_UP = 16  # pictures whose existence is checked on opening
 
@@ -99,7 +99,8 @@ class PairsDataset(Dataset):
     def caption(self, i: int) -> str:
         """Caption of pair `i`, cleaned, with the prompt."""
         caption = self._captions[i]
-        return self.prompt + (pre_caption(caption, self.max_words) if self.clean_captions else caption)
+        caption = pre_caption(caption, self.max_words) if self.clean_captions else caption
+        return with_prompt(self.prompt, caption)
 
     def captions(self) -> Iterator[str]:
         """All captions, cleaned, with the prompt: what a tokenizer is trained on."""

@@ -27,7 +27,7 @@ import numpy as np
 from blipfast.data.batches import AugmentText, BatchMaker, MicroBatchLoader
 from blipfast.data.images import load_image
 from blipfast.data.sampling import permutation
-from blipfast.text import pre_caption
+from blipfast.text import pre_caption, with_prompt
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "caption", "json")  # the first one present counts
@@ -264,7 +264,7 @@ def _member_name(path: str, offset: int) -> str:
 
 def _caption(prompt: str, max_words: int | None, text: str) -> str:
     text = " ".join(text.split())
-    return prompt + (text if max_words is None else pre_caption(text, max_words))
+    return with_prompt(prompt, text if max_words is None else pre_caption(text, max_words))
 
 
 def write_shards(pairs: Iterable[dict[str, Any]], pattern: str, per_shard: int = 1000) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from random import Random
 
 from blipfast.config import DataConfig
+from blipfast.text import with_prompt
 
 Hook = Callable[[str, Random], str]
 
@@ -35,14 +36,14 @@ class TextAugment:
 
     def __call__(self, caption: str, rng: Random) -> str:
         prompt = self.prompt if caption.startswith(self.prompt) else ""
-        caption = caption[len(prompt) :]
+        caption = caption[len(prompt) :].lstrip() if prompt else caption
         if self.hook:
             caption = self.hook(caption, rng)
         if self.word_swap:
             caption = swap_words(caption, self.word_swap, rng)
         if self.word_dropout:
             caption = drop_words(caption, self.word_dropout, rng)
-        return prompt + caption
+        return with_prompt(prompt, caption)
 
 
 def drop_words(caption: str, probability: float, rng: Random) -> str:

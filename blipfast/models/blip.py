@@ -131,7 +131,7 @@ class BLIP_Decoder(nn.Module):
         self.prompt_length = len(ids) - 1
         said = self.tokenizer.decode(ids, skip_special_tokens=True)
         # letters that captions begin with: official BLIP takes len(prompt), but "a close-up" reads "a close - up" then
-        self.prompt_width = len(prompt) if said == prompt.strip() else len(said)
+        self.prompt_width = len(prompt.lstrip()) if said == prompt.strip() else len(said)
 
     def train(self, mode: bool = True) -> BLIP_Decoder:
         if mode:

@@ -86,8 +86,11 @@ class BLIP_ITM(nn.Module):
         texts = self.encode_text(caption)
         if match_head == "itm":
             pairs = max(len(image), len(texts))
-            if len(texts) not in (1, pairs) or len(image) not in (1, pairs):
-                raise ValueError(f"{len(image)} pictures need 1 or {len(image)} captions, got {len(texts)}.")
+            if len(texts) not in (1, pairs) or len(image) not in (1, pairs) or not pairs:
+                raise ValueError(
+                    f"{len(image)} pictures and {len(texts)} captions are no pairs: give as many of both, or one of "
+                    "either."
+                )
             images = self.image_states(self.visual_encoder(image))
             of = [0] * pairs if len(image) == 1 else None
             return self.match(images, texts * (pairs // len(texts)), of)

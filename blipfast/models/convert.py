@@ -44,7 +44,7 @@ def convert(source: str | Path, to: str, output: str | Path, task: str | None = 
     if to != "huggingface":
         state = part_of(read_state_dict(source), task, source)
         save_weights(with_position_ids(state), output)
-        return f"wrote {output}: {kind_of(state)} model, {len(state)} tensors{differs(source)}"
+        return f"wrote {output}: {kind_of(state)} model, {len(state)} tensors{differs(source, state)}"
     model = describe(source)
     task = task or hugging_face_task(model.state, source)
     state = part_of(model.state, task, source)
@@ -118,10 +118,12 @@ def with_position_ids(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ids | state
 
 
-def differs(source: str | Path) -> str:
+def differs(source: str | Path, state: dict[str, Tensor]) -> str:
     """A warning if a folder's settings are not those that official BLIP has in its code."""
     folder = locate(source)
     if (folder / "config.yaml").is_file():
+        if kind_of(state) not in ("caption", "pretrain"):
+            return ""
         prompt = settings_of(folder).data.prompt
         return (
             ""

@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 TIMEOUT = 30  # seconds without a byte
-RELEASED = "https://storage.googleapis.com/sfr-vision-language-research/BLIP/models/"
+# what official BLIP and LAVIS fetch, DeiT's weights among it
+RELEASED = ("https://storage.googleapis.com/sfr-vision-language-research/", "https://dl.fbaipublicfiles.com/")
 HUB_FILES = ("config.json", "tokenizer.json", "vocab.txt")  # the weights come beside these
 HUB_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 

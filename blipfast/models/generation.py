@@ -150,9 +150,8 @@ def stream(
             enough = False
         if not enough:  # only now is free what the error's traceback held
             recorded.forget(decoder)
-            if (
-                torch.cuda.is_available()
-            ):  # a graph's memory is not free before, nor cached memory to a recording
+            # a graph's memory is not free before, nor cached memory to a recording
+            if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             batch_size = max(1, min(batch_size, waiting.largest) // 2)
             waiting.put_back()

@@ -184,20 +184,25 @@ class Described(NamedTuple):
 
 def own_settings(folder: Path) -> dict[str, dict[str, Any]]:
     """Settings of the run that a folder was made from, which transformers has no place for: {"data", "evaluate"}."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("blipfast", {}) if isinstance(config, dict) else {}
+    settings = read_json(folder / "config.json").get("blipfast")
+    return settings if isinstance(settings, dict) else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a file, empty if it holds something else. ValueError if it is not JSON."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from None
+    return config if isinstance(config, dict) else {}
 
 
 def read_config(folder: Path) -> Described:
     """A folder's config.json; what it leaves out is transformers' default. ValueError if it is no BLIP model's."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "blip":
-        raise ValueError(f'{path}: a model of type {kind!r}; expected "blip".')
+    config = read_json(path)
+    if config.get("model_type") != "blip":
+        raise ValueError(f'{path}: a model of type {config.get("model_type")!r}; expected "blip".')
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
     for section in (text, vision):
         if section.get("hidden_act", "gelu") != "gelu":
@@ -262,6 +267,8 @@ def write_folder(
     """
     from safetensors.torch import save_file
 
+    from .weights import as_others  # which imports this file
+
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not empty. Give another --output, or remove it first.")
     weights = hugging_face_state(state, task)
@@ -274,6 +281,7 @@ def write_folder(
     unfinished.mkdir(parents=True)
     try:
         save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
+        as_others(unfinished / "model.safetensors")
         write_json(unfinished / "config.json", config)
         write_tokenizer(unfinished, tokenizer, KINDS[task].first)
         write_json(unfinished / "preprocessor_config.json", preprocessor(image_size))

@@ -9,6 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+OTHERS = {  # real settings of BERT's, whose names are near to ours
+    "hidden_act",
+    "type_vocab_size",
+    "num_labels",
+    "classifier_dropout",
+    "pooler_fc_size",
+    "pooler_num_attention_heads",
+    "position_embedding_type",
+}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -50,17 +59,21 @@ class BertConfig:
 
     @classmethod
     def load(cls, source: BertConfig | dict | str | Path) -> BertConfig:
-        """From another, a mapping or a JSON file. ValueError for what in a mapping is no setting or no value of one."""
+        """From another, a mapping or a JSON file.
+
+        Settings of BERT that mean nothing here are ignored, as in official BLIP. ValueError for misspelt ones in a
+        mapping, and for values of another type.
+        """
         if isinstance(source, BertConfig):
             return cls.from_dict(vars(source))
         if not isinstance(source, dict):
             return cls.from_json_file(source)
         known = [field.name for field in fields(cls)]
-        for name in source:
+        for name in source.keys() - OTHERS:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
-                raise ValueError(f"med_config: {name} is no setting of BERT; {hint}")
+                if close := difflib.get_close_matches(name, known, 1, 0.8):
+                    raise ValueError(f"med_config: {name} is no setting of BERT; did you mean {close[0]}?")
+                continue
             wanted, value = type(getattr(cls, name)), source[name]
             if type(value) is not wanted and not (wanted is float and type(value) is int):
                 raise ValueError(f"med_config: {name} is {value!r}; expected {KINDS[wanted]}.")

@@ -40,10 +40,9 @@ class Replay:
     def record(self) -> None:
         """Not by torch.cuda.graph: it waits for the GPU and gives all cached memory back each time."""
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(False):  # or the generator's state would be for inference alone
-            graph.capture_begin(
-                capture_error_mode="thread_local"
-            )  # a loader's thread may pin memory meanwhile
+        # or the generator's state would be for inference alone; and a loader's thread may pin memory meanwhile
+        with torch.inference_mode(False):
+            graph.capture_begin(capture_error_mode="thread_local")
         try:
             self.function()
         finally:

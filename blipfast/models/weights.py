@@ -10,7 +10,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -169,7 +169,7 @@ def official_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Keys of DDP, torch.compile, LAVIS and Hugging Face as official BLIP has them; both names of tied tensors."""
     tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}
     for prefix in ("module.", "model."):  # of DDP, of Lightning
-        while all(key.startswith(prefix) for key in tensors):
+        while tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     if any(key.startswith("vision_model.") for key in tensors):
         tensors = {to_official(key): value for key, value in tensors.items()}
@@ -219,7 +219,8 @@ def as_others(path: Path) -> None:
     """Give a file the permissions that new files have here; safetensors' are for its owner alone."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    with suppress(OSError):  # not every network disk has permissions
+        path.chmod(0o666 & ~mask)
 
 
 def untie(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

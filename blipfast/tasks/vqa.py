@@ -74,11 +74,11 @@ class VQATask(FineTuneTask):
         for split in ("val", "test"):
             if getattr(self.config.data, split):
                 questions = open_questions(self.config, split)
-                bare = sum(not questions.answers(i) for i in range(len(questions)))
-                if bare and split == "val":
+                bare = [i for i in range(len(questions)) if split == "val" and not questions.answers(i)]
+                if bare:
                     raise ValueError(
-                        f"{self.config.data.val}: {bare} of {len(questions)} questions have no answer, so the weights "
-                        "cannot be judged on them. Leave those out of data.val."
+                        f"{self.config.data.val}: {len(bare)} of {len(questions)} questions have no answer, so the "
+                        "weights cannot be judged on them. Leave those out of data.val."
                     )
 
     @classmethod

@@ -20,9 +20,13 @@ def held(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "training.lock"
-    with open(path, "a+") as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / "training.lock", "a+"))
+        except OSError:  # a finished run may be read only
+            yield
+            return
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -37,7 +41,14 @@ def held(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
+        file.truncate(0)  # the file stays: another process may be waiting for it
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process trains in `folder`."""
+    try:
+        with held(folder):
+            return False
+    except ValueError:
+        return True

@@ -76,9 +76,8 @@ def rewind(path: Path, step: int) -> None:
     """Drop the records after `step`, which a killed run wrote and the resumed one writes again."""
     records, whole = read_records(path), True
     if path.exists():
-        whole = not path.stat().st_size or path.read_bytes().endswith(
-            b"\n"
-        )  # else the next record would join it
+        text = path.read_bytes()
+        whole = not text or text.endswith(b"\n")  # else the next record would join the last line
     kept = [
         record for record in records if record.get("step", 0) <= step and record.get("event") != "complete"
     ]

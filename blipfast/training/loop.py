@@ -94,9 +94,9 @@ def _run_alone(config: Config, build: Build, resume: str, overwrite: bool, world
         notes = checkpoint.check_facts(start, state, facts)
         checkpoint.check_model(start, task.model, state_names(config.train, task.model))
         position = checkpoint.position(state)
-        records = read_records(output / "log.jsonl")
+        records = [] if overwrite else read_records(output / "log.jsonl")
     if hasattr(task, "begin"):
-        task.begin(position.epoch)
+        task.begin(0 if overwrite else position.epoch)  # the earlier run's best weights are not this one's
     if start is not None:
         over = position.step >= total or getattr(task, "stop", False)
         if over and records and records[-1].get("event") == "complete":
