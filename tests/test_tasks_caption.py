@@ -231,6 +231,9 @@ def test_a_malformed_nocaps_file_is_named_with_what_is_wrong(sets, tmp_path, ent
             "train.patience needs data.val and train.evaluate_every",
         ),
         (["model.init_from=nothing.pth"], "nothing.pth"),
+        (["evaluate.max_length=900"], "max_length 900 exceeds the model's"),
+        (["evaluate.max_length=2", "evaluate.min_length=1"], "leaves no room after a prompt"),
+        (["evaluate.num_beams=100000"], "num_beams must be between 1 and half"),
     ],
 )
 def test_a_mistake_is_one_message(sets, tmp_path, settings, message, capsys):

@@ -24,7 +24,7 @@ from blipfast.models import gather
 from blipfast.models.blip import BLIP_Decoder
 from blipfast.ptb import tokenize
 
-from .captioning import captions_of
+from .captioning import captions_of, check_search
 from .finetune import FineTuneTask, Trainable, model_settings, write_json
 from .report import Caption, Gallery, sample, write_gallery
 from .sharing import from_main, my_share
@@ -44,6 +44,11 @@ class CaptionTask(FineTuneTask):
 
     best_metric = "CIDEr+Bleu_4"
     figures = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "METEOR", "SPICE", "caption_exact")
+
+    def __init__(self, config: Config, rank: int = 0, world_size: int = 1):
+        super().__init__(config, rank, world_size)
+        if config.data.val or config.data.test:
+            check_search(self.model, config.evaluate)
 
     @classmethod
     def build_model(cls, config: Config) -> CaptionModel:
