@@ -151,7 +151,10 @@ def run_all(arguments, build=None):
     local_rank = [a for a in runs[0] if a.startswith("--local_rank")]
     if len(runs) > 1:
         distributed.connect()
-    return max(main([*run, *local_rank], build=build) for run in runs)
+    try:
+        return max(main([*run, *local_rank], build=build) for run in runs)
+    finally:
+        distributed.disconnect()  # or gloo's threads may abort the process at its end
 
 
 if __name__ == "__main__":
