@@ -22,19 +22,7 @@ from blipfast.data.images import composite
 from blipfast.models.blip_itm import BLIP_ITM
 
 MAX_TOKENS = 35  # as ITM was trained
-FORMATS = (
-    ".png",
-    ".pdf",
-    ".svg",
-    ".svgz",
-    ".eps",
-    ".ps",
-    ".jpg",
-    ".jpeg",
-    ".tif",
-    ".tiff",
-    ".webp",
-)  # of figures
+FORMATS = ".png .pdf .svg .svgz .eps .ps .jpg .jpeg .tif .tiff .webp".split()  # of figures
 
 
 class Heat(NamedTuple):

@@ -198,21 +198,17 @@ def quantize(model: nn.Module, precision: str = "int8", device: str | torch.devi
     """
     if precision not in QUANTIZED:
         raise ValueError(f"quantize: precision must be one of {', '.join(QUANTIZED)}, got {precision!r}.")
-    if precision == "int8" and torch.device(device).type == "cpu":
-        for path in list(text_layers(model)):
-            replace(model, path, Int8Linear)
-        for path in list(image_layers(model)) if image_encoder_gains() else ():
-            replace(model, path, Int8Mlp if path.endswith("mlp") else Int8Linear)
-    else:
-        dtype = E4M3 if precision == "fp8" else torch.int8
-        for path in list(wide_layers(model)):
-            replace(model, path, lambda linear: ScaledLinear(linear, dtype))
+    on_cpu = precision == "int8" and torch.device(device).type == "cpu"
+    dtype = E4M3 if precision == "fp8" else torch.int8
+    for path in list(cpu_layers(model) if on_cpu else wide_layers(model)):
+        parent, _, child = path.rpartition(".")
+        old = model.get_submodule(path)
+        if not on_cpu:
+            new = ScaledLinear(old, dtype)
+        else:
+            new = Int8Mlp(old) if type(old) is Mlp else Int8Linear(old)
+        setattr(model.get_submodule(parent), child, new)
     return model
-
-
-def replace(model: nn.Module, path: str, by: Callable[[nn.Module], nn.Module]) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, by(model.get_submodule(path)))
 
 
 def linears(model: nn.Module, *parts: str) -> Iterator[tuple[str, nn.Linear]]:
@@ -222,34 +218,28 @@ def linears(model: nn.Module, *parts: str) -> Iterator[tuple[str, nn.Linear]]:
             yield path, module
 
 
-def text_layers(model: nn.Module) -> Iterator[str]:
-    """What int8 replaces on a CPU."""
+def cpu_layers(model: nn.Module) -> Iterator[str]:
+    """What int8 replaces on a CPU: text layers, and the image encoder's unless it is as fast in bf16, by AMX."""
     for path, _ in linears(model, "text_encoder", "text_decoder"):
         if ".crossattention.self" not in path or not path.endswith(("key", "value")):
             yield path
-
-
-def image_encoder_gains() -> bool:
-    """Whether int8 makes the image encoder faster on this CPU than what "auto" gives it."""
-    return not cpu_has("amx_bf16")
-
-
-def image_layers(model: nn.Module) -> Iterator[str]:
-    """What int8 replaces on a CPU where `image_encoder_gains`. Not the last qkv, of which retrieval reads parts."""
-    if not hasattr(model, "visual_encoder"):
+    if not hasattr(model, "visual_encoder") or cpu_has("amx_bf16"):
         return
-    last = len(model.visual_encoder.blocks) - 1
-    for path, module in model.visual_encoder.blocks.named_modules(prefix="visual_encoder.blocks"):
+    for path, module in model.visual_encoder.named_modules(prefix="visual_encoder"):
         attention = type(module) is nn.Linear and ".attn." in path
-        if type(module) is Mlp or (attention and not path.endswith(f".{last}.attn.qkv")):
+        if type(module) is Mlp or (attention and path != last_qkv(model)):
             yield path
 
 
+def last_qkv(model: nn.Module) -> str:
+    """The layer that stays: retrieval reads parts of it."""
+    return f"visual_encoder.blocks.{len(model.visual_encoder.blocks) - 1}.attn.qkv"
+
+
 def wide_layers(model: nn.Module) -> Iterator[str]:
-    """What int8 and fp8 replace on a GPU. Not the last qkv, of which retrieval reads parts."""
-    last = f".{len(model.visual_encoder.blocks) - 1}.attn.qkv"
+    """What int8 and fp8 replace on a GPU."""
     for path, layer in linears(model, "visual_encoder", "text_encoder"):
-        wide = path.endswith((".attn.qkv", ".intermediate.dense")) and not path.endswith(last)
+        wide = path.endswith((".attn.qkv", ".intermediate.dense")) and path != last_qkv(model)
         if wide and layer.in_features % 16 == 0 and layer.out_features % 16 == 0:
             yield path
 

@@ -70,10 +70,9 @@ def caption(args: argparse.Namespace) -> int:
     how = choices(args, settings)
     paths = pictures(args)
     prompt = args.prompt if args.prompt is not None else settings.prompt or None
-    model = load_captioner(args.model, **({} if prompt is None else {"prompt": prompt}))
-    model = prepare(model, args)
+    model = prepare(load_captioner(args.model, prompt=prompt), args)
     torch.manual_seed(args.seed)
-    write = {"json": as_json, "txt": as_txt}.get("json" if args.json else "txt" if args.txt else "", as_lines)
+    write = as_json if args.json else as_txt if args.txt else as_lines
     bar = tqdm(paths, "pictures", disable=None if args.txt or not sys.stdout.isatty() else True, leave=False)
     return 1 if write(captions(model, bar, args.batch_size, choose_device(args.device), how)) else 0
 
@@ -106,7 +105,7 @@ def pictures(args: argparse.Namespace) -> list[str]:
 
     found: list[str] = []
     for path in args.pictures:
-        inside = [str(picture) for picture in pictures_below(Path(path))] if Path(path).is_dir() else [path]
+        inside = [picture for picture, _ in pictures_below(path)] if Path(path).is_dir() else [path]
         if not inside:
             raise ValueError(f"{path}: there are no pictures in this folder.")
         found += inside
@@ -121,7 +120,7 @@ def pictures(args: argparse.Namespace) -> list[str]:
         )
     if args.overwrite:
         return found
-    bare = [path for path in found if sidecar_of(Path(path)) is None]
+    bare = [path for path in found if sidecar_of(path) is None]
     if len(bare) < len(found):
         print(
             f"blipfast: {len(found) - len(bare)} of {len(found)} pictures have a text already",
@@ -177,8 +176,9 @@ def as_lines(found: Iterator[Captioned]) -> int:
     """Print `path: caption`; how many pictures have none."""
     failures = 0
     for one in found:
-        failures += one.caption is None
-        if one.caption is not None:
+        if one.caption is None:
+            failures += 1
+        else:
             print(f"{one.path}: {one.caption}", flush=True)
     return failures
 

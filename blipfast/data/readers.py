@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,13 +155,12 @@ def _record(entry: Any, where: str, root: str) -> Record:
 def _read_folder(folder: Path) -> Iterator[Record]:
     """Pictures below `folder`, in the order of their paths, with the text in the .txt or .caption file beside each."""
     pictures = bare = 0
-    for picture in pictures_below(folder):
+    for picture, sidecar in pictures_below(folder):
         pictures += 1
-        sidecar = sidecar_of(picture)
         if sidecar is None:
             bare += 1
             continue
-        yield Record(str(picture), [sidecar_text(sidecar)], None)
+        yield Record(picture, [sidecar_text(Path(sidecar))], None)
     if pictures == bare:
         what = f"none of its {pictures} pictures has" if pictures else "holds no pictures with"
         raise ValueError(f"{folder}: {what} a caption file (.txt or .caption, same name) beside it.")
@@ -169,8 +168,11 @@ def _read_folder(folder: Path) -> Iterator[Record]:
         logger.warning("%s: %d of %d pictures have no caption file and are left out.", folder, bare, pictures)
 
 
-def pictures_below(folder: Path) -> Iterator[Path]:
-    """Pictures in a folder and its subfolders, linked ones too, by their endings, in the order of their paths."""
+def pictures_below(folder: str | Path) -> Iterator[tuple[str, str | None]]:
+    """Pictures in a folder and its subfolders, linked ones too, by their endings, in the order of their paths.
+
+    With each the text file beside it, if there is one.
+    """
     seen = set()
     for directory, subfolders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(directory)) in seen:  # a link to a folder above
@@ -178,14 +180,17 @@ def pictures_below(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         subfolders.sort()
+        present = set(names)
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in PICTURES:
-                yield Path(directory, name)
+                text = sidecar_of(name, present.__contains__)
+                yield os.path.join(directory, name), text and os.path.join(directory, text)
 
 
-def sidecar_of(picture: Path) -> Path | None:
+def sidecar_of(picture: str, exists: Callable[[str], bool] = os.path.isfile) -> str | None:
     """The text file beside a picture, if there is one."""
-    return next(filter(Path.is_file, map(picture.with_suffix, SIDECARS)), None)
+    stem = os.path.splitext(picture)[0]
+    return next(filter(exists, (stem + ending for ending in SIDECARS)), None)
 
 
 def sidecar_text(path: Path) -> str:

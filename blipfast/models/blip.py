@@ -87,7 +87,7 @@ class BLIP_Base(nn.Module):
         if mode == "image":
             return self.visual_encoder(image)
         device = next(self.parameters()).device
-        text = self.tokenizer(as_list(caption), padding="longest", return_tensors="pt").to(device)
+        text = self.tokenizer(caption, padding="longest", return_tensors="pt").to(device)
         if mode == "text":
             out = self.text_encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
             return out.last_hidden_state
@@ -140,10 +140,9 @@ class BLIP_Decoder(nn.Module):
 
     def forward(self, image: Tensor, caption: str | list[str]) -> Tensor:
         """Label-smoothed LM loss, mean over the tokens after the prompt. Captions are cut at 40 tokens."""
-        caption = as_list(caption)
-        if len(caption) != len(image):
-            raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(caption)}.")
         texts = token_ids(self.tokenizer, caption, self.text_decoder.config, most=40)
+        if len(texts) != len(image):
+            raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(texts)}.")
         text = Ragged.of(texts, image.device, self.tokenizer.bos_token_id)
         part = language_part(self.text_decoder, text, self.prompt_length)
         images = image_states(self.text_decoder.bert.encoder, self.visual_encoder(image))

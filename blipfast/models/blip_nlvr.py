@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfast.text import as_list, init_tokenizer
+from blipfast.text import init_tokenizer
 
 from .blip import text_config, token_ids
 from .checkpoint import load_checkpoint, load_weights, read_state_dict
@@ -54,11 +54,10 @@ class BLIP_NLVR(nn.Module):
         train: bool = True,
         pair_of: list[int] | None = None,
     ) -> Tensor:
-        text = as_list(text)
-        pairs = len(text) if pair_of is None else 1 + max(pair_of)
-        if len(image) != 2 * pairs:
-            raise ValueError(f"{len(text)} sentences need {2 * pairs} pictures, got {len(image)}.")
         texts = token_ids(self.tokenizer, text, self.text_encoder.config)
+        pairs = len(texts) if pair_of is None else 1 + max(pair_of)
+        if len(image) != 2 * pairs:
+            raise ValueError(f"{len(texts)} sentences need {2 * pairs} pictures, got {len(image)}.")
         pictures = self.visual_encoder(image).chunk(2)
         pair = tuple(
             image_states(self.text_encoder.encoder, embeds, name=name)

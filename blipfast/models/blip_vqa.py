@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blipfast.text import as_list, init_tokenizer
+from blipfast.text import init_tokenizer
 
 from .answers import answer_losses
 from .blip import load_complete, start_with, text_config, token_ids
@@ -77,7 +77,6 @@ class BLIP_VQA(nn.Module):
         image_embeds = self.visual_encoder(image)
         if not train and inference == "generate" and self.compat == "official":
             return self.generate_answer(*self.padded_question_states(image_embeds, question, image_of))
-        question = as_list(question)
         texts = token_ids(self.tokenizer, question, self.text_encoder.config, most=35)
         text = Ragged.of(texts, image.device, self.tokenizer.enc_token_id)
         images = image_states(self.text_encoder.encoder, image_embeds)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blipfast.models.blip import BLIP_Base
+from blipfast.models.blip import BLIP_Base, token_ids
 from blipfast.models.blip_itm import BLIP_ITM
 from blipfast.models.packed import all_states, first_states, image_states
 from blipfast.models.packing import Ragged
@@ -42,7 +42,6 @@ class FeatureExtractor:
             model = BLIP_Base(**described.settings)
         self.model, self.device = prepare(finished(model, described, path), precision, device), device
         self.image_size = self.model.visual_encoder.image_size
-        self.longest = self.model.text_encoder.config.max_position_embeddings
 
     @torch.inference_mode()
     def image(self, images: Tensor, tokens: bool = False) -> dict[str, Tensor]:
@@ -85,7 +84,7 @@ class FeatureExtractor:
         return self._with_tokens({"multimodal_embeds": first}, "multimodal", states, lengths)
 
     def _ragged(self, texts: Sequence[str], first_token: int | None = None) -> tuple[Ragged, Tensor]:
-        ids = self.model.tokenizer(list(texts), truncation=True, max_length=self.longest).input_ids
+        ids = token_ids(self.model.tokenizer, texts, self.model.text_encoder.config)
         return Ragged.of(ids, self.device, first_token), torch.tensor([len(text) for text in ids])
 
     def _states(
