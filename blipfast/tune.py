@@ -35,6 +35,7 @@ from blipfast.tasks import task_class
 from blipfast.tasks.finetune import FineTuneTask, selected
 from blipfast.training.lock import is_held
 from blipfast.training.log import read_records
+from blipfast.training.signals import handled
 from blipfast.tune_report import write_report
 from blipfast.tune_space import read_space
 
@@ -298,21 +299,11 @@ class _Run:
         return [selected(record, self.rule) for record in records], any("best_epoch" in r for r in records)
 
 
-@contextlib.contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
+def _ended_as_by_ctrl_c() -> contextlib.AbstractContextManager:
     """Let SIGTERM and a terminal that closes end the search as Ctrl-C does, which ends its training, too."""
-    numbers = [
-        n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN
-    ]  # nohup
-    try:
-        before = {n: signal.signal(n, signal.default_int_handler) for n in numbers}
-    except ValueError:  # not the main thread
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in ends if signal.getsignal(number) is not signal.SIG_IGN]  # not under nohup
+    return handled(heard, signal.default_int_handler)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -88,3 +88,12 @@ def pytest_runtest_setup(item) -> None:
         pytest.skip("needs an NVIDIA GPU and: pytest -m gpu")
     if item.get_closest_marker("aot") and importlib.util.find_spec("triton") is None:
         pytest.skip("needs Triton: pip install 'blipfast[kernels]'")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A toy run of six steps with checkpoints at 4 and 6."""
+    from tests.toy_run import train
+
+    assert train(tmp_path / "run") == 0
+    return tmp_path / "run"

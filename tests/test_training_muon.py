@@ -8,8 +8,7 @@ from blipfast.training import deepspeed_engine, loop, optimizer
 from blipfast.training.errors import CheckpointError, TrainingError
 from blipfast.training.muon import Muon, matrices, orthogonalize
 from tests.launch import losses
-from tests.test_training_plain import toy_config
-from tests.toy_run import ToyModel, ToyTask
+from tests.toy_run import ToyModel, ToyTask, toy_config
 
 MUON = "train.optimizer=muon"
 

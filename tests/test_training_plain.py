@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from blipfast import backends
 from blipfast import train as train_command
-from blipfast.config import Config, TrainConfig, load_config
+from blipfast.config import Config, TrainConfig
 from blipfast.ops.adamw import AdamWEma
 from blipfast.training import checkpoint, deepspeed_engine, distributed, loop, optimizer
 from blipfast.training.ema import MomentumEncoders
@@ -24,25 +24,9 @@ from blipfast.training.errors import CheckpointError, NotFinite, TrainingError
 from blipfast.training.schedule import learning_rate
 from tests import launch, toy_run
 from tests.launch import losses
+from tests.toy_run import train
 
 CPU = distributed.World(rank=0, size=1, device=torch.device("cpu"), launched=False)
-
-
-def toy_config(output, *settings):
-    return load_config(
-        launch.TOY_CONFIG, [f"output={output}", "train.max_steps=6", "train.save_every=2", *settings]
-    )
-
-
-def train(output, *settings, build=toy_run.ToyTask, **options):
-    return loop.run(toy_config(output, *settings), build, **options)
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """A run of six steps with checkpoints at 4 and 6."""
-    assert train(tmp_path / "run") == 0
-    return tmp_path / "run"
 
 
 # ---------------------------------------------------------------------------------------------------- schedules
@@ -201,81 +185,6 @@ def test_a_bf16_average_keeps_moving_because_its_master_is_fp32():
         momentum.update(0.999)
     for online, average in model.momentum_pairs():
         assert (average == online).all(), "0.001 * 0.01 is far below the resolution of bf16 at 1"
-
-
-# ---------------------------------------------------------------------------------------------------- resume
-
-
-def test_after_kill_9_the_same_command_repeats_the_same_losses(tmp_path):
-    settings = ["train.max_steps=9", "train.save_every=4", "model.momentum=0.2"]
-    assert train(tmp_path / "whole", *settings) == 0
-    output = tmp_path / "killed"
-    command = ["--config", str(launch.TOY_CONFIG), "--set", f"output={output}", *settings]
-    killed = launch.start(launch.TOY, *command, TOY_SLEEP="0.2")
-    launch.wait_for_step(killed, output, 6)
-    launch.kill(killed)
-    launch.finish(killed)
-    assert 9 not in losses(output)
-    launch.run(launch.TOY, *command)
-    assert losses(output) == losses(tmp_path / "whole"), "all nine, each once, bit for bit"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_the_next_run_goes_on(tmp_path, number):
-    assert train(tmp_path / "whole", "train.save_every=0") == 0
-
-    class Task(toy_run.ToyTask):
-        def alpha(self, step, steps_per_epoch):
-            if step == 2:
-                signal.raise_signal(number)
-            return super().alpha(step, steps_per_epoch)
-
-    output = tmp_path / "stopped"
-    assert train(output, "train.save_every=0", build=Task) == 0
-    assert max(losses(output)) == 3 and not (output / "metrics.json").exists()
-    assert [path.name for path in checkpoint.checkpoints(output / "checkpoints")] == ["step_0000003"]
-    assert train(output, "train.save_every=0") == 0
-    assert losses(output) == losses(tmp_path / "whole") and (output / "metrics.json").exists()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_a_resume_across_the_end_of_an_epoch_takes_the_next_order(tmp_path):
-    settings = ["train.max_steps=15", "train.save_every=0", "train.schedule=step"]  # an epoch is 12 steps
-    assert train(tmp_path / "whole", *settings) == 0
-    assert train(tmp_path / "parts", *settings, "train.max_steps=12") == 0
-    assert train(tmp_path / "parts", *settings) == 0
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-
-
-def test_a_finished_run_is_left_alone_until_overwrite(finished, capsys):
-    before = (finished / "log.jsonl").read_text()
-    assert train(finished) == 0
-    assert "is complete (6 steps)" in capsys.readouterr().out
-    assert (finished / "log.jsonl").read_text() == before
-    with pytest.raises(ValueError, match="--overwrite"):
-        train(finished, resume="none")
-    assert train(finished, overwrite=True) == 0
-    assert len(losses(finished)) == 6
-
-
-def test_only_the_newest_checkpoints_are_kept(finished):
-    assert [path.name for path in checkpoint.checkpoints(finished / "checkpoints")] == [
-        "step_0000004",
-        "step_0000006",
-    ]
-
-
-def test_weights_of_a_checkpoint_load_into_a_plain_model(finished):
-    model = toy_run.ToyModel(0.0)
-    checkpoint.load_weights(finished / "checkpoints/step_0000006", model)
-    assert model.head.weight is model.embed.weight
-    whole = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-    assert whole == pytest.approx(json.loads((finished / "metrics.json").read_text())["whole"], rel=1e-12)
-
-
-def test_changed_settings_are_named_at_a_resume(finished, capsys):
-    train(finished, "train.max_steps=8", "train.lr=0.02")
-    assert "train.lr was 0.01 and is 0.02 now" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

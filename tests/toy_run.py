@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from blipfast.config import load_config
 from blipfast.models.gather import concat_all_gather
 from blipfast.train import main
-from blipfast.training import distributed
+from blipfast.training import distributed, loop
+from tests.launch import TOY_CONFIG
 
 WORDS, WIDTH, QUEUE = 37, 15, 12
 
@@ -155,6 +157,17 @@ def run_all(arguments, build=None):
         return max(main([*run, *local_rank], build=build) for run in runs)
     finally:
         distributed.disconnect()  # or gloo's threads may abort the process at its end
+
+
+def toy_config(output, *settings):
+    """Six steps, a checkpoint every two."""
+    usual = [f"output={output}", "train.max_steps=6", "train.save_every=2"]
+    return load_config(TOY_CONFIG, [*usual, *settings])
+
+
+def train(output, *settings, build=ToyTask, **options):
+    """Run it in this process."""
+    return loop.run(toy_config(output, *settings), build, **options)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from blipfast.data.transforms import MEAN, STD
 from blipfast.text import VOCAB, Tokenizer, init_tokenizer
 
 from .med_config import BertConfig
+from .tensor_file import write_tensors
 
 # in this order from ours to theirs, and in this order back
 NAMES = (
@@ -265,10 +266,6 @@ def write_folder(
 
     settings: {"data", "evaluate"} of the run, to be found there again by `own_settings`.
     """
-    from safetensors.torch import save_file
-
-    from .weights import as_others  # which imports this file
-
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output}: exists and is not empty. Give another --output, or remove it first.")
     weights = hugging_face_state(state, task)
@@ -280,8 +277,7 @@ def write_folder(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        save_file(weights, unfinished / "model.safetensors", {"format": "pt"})
-        as_others(unfinished / "model.safetensors")
+        write_tensors(unfinished / "model.safetensors", weights, {"format": "pt"})
         write_json(unfinished / "config.json", config)
         write_tokenizer(unfinished, tokenizer, KINDS[task].first)
         write_json(unfinished / "preprocessor_config.json", preprocessor(image_size))

@@ -6,11 +6,10 @@ Whatever the file, the keys that come out are official BLIP's. Pickled code is n
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from .download import fetch, is_hub_name, is_url
 from .huggingface import to_official
+from .tensor_file import write_tensors
 
 WEIGHTS = "model.safetensors"  # the weights' file in a run folder and in a Hugging Face one
 NESTS = ("model", "state_dict", "model_state_dict", "module")  # where trainers put the weights in a .pth
@@ -198,29 +198,14 @@ def save_weights(state: dict[str, Tensor], path: str | Path, metadata: dict[str,
     state = {key: value.detach().cpu() for key, value in state.items()}
     try:
         if path.suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.torch import save_file
-
             unique, tied = untie(state)
-            try:
-                save_file(unique, partial, {"format": "pt", "tied": json.dumps(tied), **(metadata or {})})
-            except SafetensorError as error:  # a full disk, too
-                raise OSError(f"{path} cannot be written ({error})") from error
-            as_others(partial)
+            write_tensors(partial, unique, {"format": "pt", "tied": json.dumps(tied), **(metadata or {})})
         else:
             torch.save({"model": state, **(metadata or {})}, partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def as_others(path: Path) -> None:
-    """Give a file the permissions that new files have here; safetensors' are for its owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    with suppress(OSError):  # not every network disk has permissions
-        path.chmod(0o666 & ~mask)
 
 
 def untie(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

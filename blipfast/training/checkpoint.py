@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from ..models.weights import as_others
+from ..models.tensor_file import write_tensors
 from . import distributed
 from .ema import MomentumEncoders
 from .engine import WEIGHT, Engine
@@ -112,7 +111,7 @@ def _attempt(unfinished: Path, action: Callable[..., None], *arguments: Any) -> 
     try:
         action(*arguments)
         return ""
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         return f"{unfinished.parent}: the checkpoint could not be written ({error})"
 
@@ -123,8 +122,7 @@ def _fresh(folder: Path) -> None:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, path)
-    as_others(path)
+    write_tensors(path, tensors)
     _flush(path)
 
 
@@ -204,18 +202,14 @@ def read_state(path: Path) -> dict[str, Any]:
     path = Path(path)
     try:
         state = json.loads((path / "state.json").read_text())
-        sizes = state["bytes"]
-        if state["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path}: format {state['format']} is not the format {FORMAT} that this version reads"
-            )
-    except CheckpointError:
-        raise
+        sizes, written = state["bytes"], state["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:  # ValueError: neither JSON nor even text
         raise CheckpointError(
             f"{path} is not a checkpoint of blipfast (state.json: {type(error).__name__}: {error}). Expected a folder "
             "such as runs/pretrain/checkpoints/step_0001000; for weights alone use model.init_from"
         ) from error
+    if written != FORMAT:
+        raise CheckpointError(f"{path}: format {written} is not the format {FORMAT} that this version reads")
     for name, size in sizes.items():
         file = path / name
         found = file.stat().st_size if file.exists() else 0

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -33,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import Config, save_config, to_dict
+from ..config import Config, to_dict
 from ..transfer import ToHost
 from . import checkpoint, distributed
 from .checkpoint import Position
@@ -42,9 +41,11 @@ from .ema import MomentumEncoders
 from .engine import Engine
 from .errors import NotFinite, TrainingError
 from .lock import held
-from .log import RunLog, read_records, rewind
+from .log import RunLog, read_records
 from .optimizer import state_names
 from .schedule import learning_rate
+from .signals import handled
+from .start import choose_start, open_run
 
 Build = Callable[[Config, int, int], Any]  # (config, rank, world_size) -> task, its model on the CPU
 
@@ -63,23 +64,19 @@ def run(config: Config, build: Build, resume: str = "auto", overwrite: bool = Fa
     joined = distributed.connected()  # by the caller, who then leaves it too
     world = distributed.connect()
     try:
-        return _run(config, build, resume, overwrite, world)
+        with contextlib.ExitStack() as stack:
+            distributed.from_main(lambda: stack.enter_context(held(Path(config.output))))
+            return _run(config, build, resume, overwrite, world)
     finally:
         if not joined:
             distributed.disconnect()
 
 
 def _run(config: Config, build: Build, resume: str, overwrite: bool, world: World) -> int:
-    with contextlib.ExitStack() as stack:
-        distributed.from_main(lambda: stack.enter_context(held(Path(config.output))))
-        return _run_alone(config, build, resume, overwrite, world)
-
-
-def _run_alone(config: Config, build: Build, resume: str, overwrite: bool, world: World) -> int:
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     output = Path(config.output)
-    start: Path | None = distributed.from_main(lambda: _prepare(output, resume, overwrite))
+    start: Path | None = distributed.from_main(lambda: choose_start(output, resume, overwrite))
     torch.manual_seed(config.seed)
     task = build(config, world.rank, world.size)
     steps_per_epoch = len(task.loader)
@@ -105,7 +102,7 @@ def _run_alone(config: Config, build: Build, resume: str, overwrite: bool, world
                     f"{output} is complete ({position.step} steps). To train again: --overwrite or another `output:`"
                 )
             return 0
-    left: list[str] = distributed.from_main(lambda: _open_run(config, output, position.step, overwrite))
+    left: list[str] = distributed.from_main(lambda: open_run(config, output, position.step, overwrite))
 
     engine = _engine(config, task.model, world)
     for buffer in engine.model.buffers():
@@ -125,59 +122,6 @@ def _run_alone(config: Config, build: Build, resume: str, overwrite: bool, world
         return trainer.train(position)
     finally:
         trainer.log.close()
-
-
-def _prepare(output: Path, resume: str, overwrite: bool) -> Path | None:
-    """Which checkpoint to start from; runs on rank 0. Nothing is changed yet: there may be errors still."""
-    folder = output / "checkpoints"
-    earlier = checkpoint.checkpoints(folder)
-    if resume not in ("auto", "none"):
-        start = Path(resume)
-        checkpoint.read_state(start)
-        inside = start.resolve().parent == folder.resolve()
-        if inside and overwrite:
-            raise ValueError(f"--overwrite would delete {start}, which --resume names: leave one of them out")
-        if earlier and not inside and not overwrite:
-            raise ValueError(
-                f"{folder} holds checkpoints of another run than {start}. Choose another `output:`, or delete them "
-                "with --overwrite"
-            )
-        return start
-    if overwrite:
-        return None
-    if resume == "none" and earlier:
-        raise ValueError(
-            f"{folder} holds checkpoints of an earlier run. Resume it (--resume auto), choose another `output:`, "
-            "or delete it with --overwrite"
-        )
-    start, complaints = checkpoint.newest(folder)
-    for complaint in complaints:
-        print(f"warning: {complaint}", flush=True)
-    if start is None and any(r.get("event") == "complete" for r in read_records(output / "log.jsonl")):
-        raise ValueError(
-            f"{output} holds a finished run without its checkpoints, which would be lost. Choose another `output:`, or "
-            "train again over it with --overwrite"
-        )
-    return start
-
-
-def _open_run(config: Config, output: Path, step: int, overwrite: bool) -> list[str]:
-    """Make the output folder, keep the config in it, and set aside what is beyond `step`; runs on rank 0.
-
-    overwrite: delete the checkpoints and the log of the earlier run. Returns lines for the person at the console.
-    """
-    folder = output / "checkpoints"
-    if overwrite:
-        for old in checkpoint.checkpoints(folder):
-            shutil.rmtree(old)
-        (output / "log.jsonl").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, output / "config.yaml")
-    rewind(output / "log.jsonl", step)
-    return [
-        f"{path} is of the run as it went on before; it is not resumed"
-        for path in checkpoint.abandon(folder, step)
-    ]
 
 
 def _engine(config: Config, model: torch.nn.Module, world: World) -> Engine:
@@ -273,12 +217,9 @@ class _Trainer:
 
     def train(self, position: Position) -> int:
         """Epochs from `position` to the end, then evaluation and the task's finish."""
-        restore = self._catch_signals()
         self.saved = position.step
-        try:
+        with handled((signal.SIGTERM, signal.SIGINT), self._ask_to_stop):
             position = self._epochs(position)
-        finally:
-            restore()
         if self.stopping and position.step < self.total:
             why = self.stop_signal or "a signal to another rank"
             self.log.say(f"stopped by {why} after step {position.step} of {self.total}; run again to go on")
@@ -441,16 +382,8 @@ class _Trainer:
 
     # ---- signals
 
-    def _catch_signals(self) -> Callable[[], None]:
+    def _ask_to_stop(self, number: int, _frame: Any) -> None:
         """SIGTERM (Slurm, the launcher) and SIGINT (Ctrl-C; twice to stop at once) ask for a checkpoint and an end."""
-
-        def handle(number: int, _frame: Any) -> None:
-            if number == signal.SIGINT and self.stop_signal == "SIGINT":
-                raise KeyboardInterrupt
-            self.stop_signal = signal.Signals(number).name
-
-        try:
-            before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not the main thread (a notebook, a test): leave signals to the owner
-            return lambda: None
-        return lambda: [signal.signal(number, old) for number, old in before.items()] and None
+        if number == signal.SIGINT and self.stop_signal == "SIGINT":
+            raise KeyboardInterrupt
+        self.stop_signal = signal.Signals(number).name
