@@ -17,7 +17,7 @@ import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 
 import torch
@@ -91,9 +91,12 @@ def choose(op: str, tensor: Tensor) -> str:
 def use(default: str | None = None, **by_op: str) -> Iterator[None]:
     """Overrule the choice within a `with` block: `default` for every operation that has it, `by_op` for single ones.
 
-    Inner blocks win over outer ones and over the environment. Names are checked when an operation is called.
+    Inner blocks win over outer ones and over the environment. Raises ValueError for an operation that is not there;
+    backends are checked when an operation is called.
     """
-    token = _overrides.set((*_overrides.get(), _asked(default, by_op)))
+    _check_operations(by_op)
+    asked = by_op if default is None else {"": default, **by_op}
+    token = _overrides.set((*_overrides.get(), asked))
     try:
         yield
     finally:
@@ -183,8 +186,11 @@ def _forced(op: str) -> str | None:
     return None
 
 
-def _asked(default: str | None, by_op: dict[str, str]) -> dict[str, str]:
-    return by_op if default is None else {"": default, **by_op}
+def _check_operations(names: Iterable[str]) -> None:
+    known = _registry.keys() | {file.stem for file in table.FOLDER.glob("*.json")}  # some may not be imported yet
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{name!r} is no operation that has backends; there are {sorted(known)}")
 
 
 @functools.cache
@@ -194,6 +200,7 @@ def _environment(text: str) -> dict[str, str]:
     for word in filter(None, map(str.strip, text.split(","))):
         op, _, name = word.rpartition("=")
         asked[op.strip()] = name.strip()
+    _check_operations(op for op in asked if op)
     return asked
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import LN2, LOG2E, cdiv
+from .tiles import LN2, LOG2E, aot_case, cdiv
 
 TAIL = tl.constexpr(16)  # width of the tiles at a segment's end: the least that tl.dot takes
 
@@ -283,20 +283,19 @@ def cases_of(kernel: str, fn, arch: int) -> list[AotCase]:
             for dtype in (
                 ("bf16", "fp16") if (D, kind) == (64, "dense") else ("fp32" if kind == "fp32" else "bf16",)
             ):
-                config = dict(lookup("attention", arch, f"{kernel} D={D} {kind}"))
-                config["warps"], config["stages"] = config.pop("num_warps"), config.pop("num_stages")
-                found.append(_case(f"{kernel} {dtype} D={D} {kind}", fn, kernel, kind, dtype, D, **config))
+                config = lookup("attention", arch, f"{kernel} D={D} {kind}")
+                found.append(_case(f"{kernel} {dtype} D={D} {kind}", fn, kernel, kind, dtype, D, config))
     return found
 
 
-def _case(name, fn, kernel, kind, dtype, D, BM, BN, warps, stages) -> AotCase:
+def _case(name, fn, kernel, kind, dtype, D, config) -> AotCase:
     absent = {
         "dense": ("q_offsets_ptr", "k_offsets_ptr", "rows_ptr", "seed_ptr"),
         "shared": ("k_offsets_ptr", "seed_ptr"),
         "text": ("rows_ptr",),
     }
     constexprs = dict.fromkeys(absent.get(kind, ("k_offsets_ptr",)), None)
-    constexprs |= {"CAUSAL": kind == "text", "PRECISION": "ieee", "LEVELS": 2, "D": D, "BM": BM, "BN": BN}
+    constexprs |= {"CAUSAL": kind == "text", "PRECISION": "ieee", "LEVELS": 2, "D": D}
     known = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "seed_ptr": "*i64", "scale": "fp32", "gain": "fp32"}
     known |= dict.fromkeys(("q_offsets_ptr", "k_offsets_ptr", "rows_ptr"), "*i32")
     signature = {}
@@ -310,9 +309,9 @@ def _case(name, fn, kernel, kind, dtype, D, BM, BN, warps, stages) -> AotCase:
                 else "i32"
             )
             signature[argument] = known.get(argument, other)
-    rows = BN if kernel == "dkv" else BM  # of the products
-    tensor_cores = dtype != "fp32" and (rows >= 64 and warps >= 4 or "mma")
-    return AotCase(name, fn, signature, constexprs, warps, stages, tensor_cores)
+    rows = config["BN" if kernel == "dkv" else "BM"]  # of the products
+    tensor_cores = dtype != "fp32" and (rows >= 64 and config["num_warps"] >= 4 or "mma")
+    return aot_case(name, fn, signature, constexprs, config, tensor_cores)
 
 
 def aot_cases(arch: int) -> list[AotCase]:

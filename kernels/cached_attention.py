@@ -3,7 +3,7 @@
     O = softmax(scale Q K^T + mask) V        over the slots that each token sees, its own among them
 
 Shapes: queries, keys and values of q new tokens of n images in one tensor [n, q, 3, H, D]; cache [n, S, 2, H, D]; each
-new token's slot [n, q]; mask [n, q, S], nonzero where a token sees a slot; O [n, q, H, D]. A program does an image
+new token's slot [n, q]; mask [n, q, S' <= S], nonzero where a slot is seen; O [n, q, H, D]. A program does an image
 and a head. It takes the new keys and values from where they were made, so that nobody reads what another thread may not
 have written yet. Bytes: an image's cache once; FLOPs: 4 q (S + q) D a head. With 12 heads and some 60 slots it is all
 latency: the point is one launch instead of four.
@@ -12,7 +12,6 @@ latency: the point is one launch instead of four.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def _cached_attention(
         tl.zeros([BM], tl.float32),
         tl.full([BM], NEVER, tl.float32),
     )
-    own = tl.load(seen + slot[None, :], mask=token & (i < q)[None, :], other=0) != 0
+    own = tl.load(seen + slot[None, :], mask=token & ((i < q) & (slot < S))[None, :], other=0) != 0
     acc, total, top = _add(acc, total, top, query, key, value, own, scale, PRECISION)
     cache = cache_ptr + image * cache_n + head * D + d[None, :]
     for start in range(0, S, BN):
@@ -104,6 +103,7 @@ def aot_cases(arch: int) -> list[AotCase]:
         types = dict.fromkeys(("qkv_ptr", "cache_ptr", "o_ptr"), f"*{dtype}") | pointers | integers | strides
         constants = {"D": D, "PRECISION": "ieee"}
         config = lookup("cached_attention", arch, "float32" if dtype == "fp32" else f"D={D}")
-        case = aot_case(f"{dtype} D={D}", _cached_attention, types | {"scale": "fp32"}, constants, config)
-        found.append(replace(case, tensor_cores=False if dtype == "fp32" else "mma"))
+        cores = False if dtype == "fp32" else "mma"
+        types |= {"scale": "fp32"}
+        found.append(aot_case(f"{dtype} D={D}", _cached_attention, types, constants, config, cores))
     return found

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .aot import AotCase
 from .table import lookup
-from .tiles import LN2, LOG2E, NEVER
+from .tiles import LN2, LOG2E, NEVER, aot_case
 
 
 @triton.jit
@@ -67,7 +67,8 @@ def _cross_entropy(
         if bias_ptr is not None:
             z_label += tl.load(bias_ptr + label, mask=known, other=0.0).to(tl.float32)
         spread = smoothing / V
-        tl.store(loss_ptr + t, (lse - spread * tl.sum(z_sum, 0)) * LN2 - (1.0 - smoothing) * z_label)
+        everything = tl.where(spread > 0, spread * tl.sum(z_sum, 0), 0.0)  # a word may be banned by -inf
+        tl.store(loss_ptr + t, (lse - everything) * LN2 - (1.0 - smoothing) * z_label)
         if GRADIENT:
             c = 1.0
             if coefficient_ptr is not None:
@@ -103,23 +104,13 @@ def aot_cases(arch: int) -> list[AotCase]:
     types |= {"smoothing": "fp32"}
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
-        config = dict(lookup("linear_cross_entropy", arch, "float32" if dtype == "fp32" else "softmax"))
-        warps, stages = config.pop("num_warps"), config.pop("num_stages")
+        config = lookup("linear_cross_entropy", arch, "float32" if dtype == "fp32" else "softmax")
         for bias in (dtype, "fp32") if dtype != "fp32" else (dtype,):
             signature = types | {"logits_ptr": f"*{dtype}", "bias_ptr": f"*{bias}"}
             name = f"{dtype} logits, {bias} bias"
-            fixed = config | {"coefficient_ptr": None}
-            found.append(
-                AotCase(
-                    f"losses, {name}", _cross_entropy, signature, fixed | {"GRADIENT": False}, warps, stages
-                )
-            )
-            found.append(
-                AotCase(
-                    f"gradient, {name}", _cross_entropy, signature, fixed | {"GRADIENT": True}, warps, stages
-                )
-            )
-        signature = signature | {"coefficient_ptr": "*fp32"}
-        fixed = config | {"GRADIENT": True}
-        found.append(AotCase(f"gradient, {name}, weighted", _cross_entropy, signature, fixed, warps, stages))
+            for what, gradient in (("losses", False), ("gradient", True)):
+                fixed = {"coefficient_ptr": None, "GRADIENT": gradient}
+                found.append(aot_case(f"{what}, {name}", _cross_entropy, signature, fixed, config, False))
+        signature, fixed = signature | {"coefficient_ptr": "*fp32"}, {"GRADIENT": True}
+        found.append(aot_case(f"gradient, {name}, weighted", _cross_entropy, signature, fixed, config, False))
     return found

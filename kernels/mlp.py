@@ -157,26 +157,27 @@ def _grid(M: int, N: int, config: dict) -> tuple[int]:
 
 
 def aot_cases(arch: int) -> list[AotCase]:
-    """Both kernels in both half precisions, at widths that are multiples of BK, as BLIP's are."""
-    forward, backward = (dict(lookup("mlp", arch, bucket)) for bucket in ("forward", "backward"))
+    """Both kernels in every dtype, at widths that are multiples of BK, as BLIP's are."""
     sizes = {"M": "i32", "N": "i32:16", "K": "i32:16"}
     found = []
-    for half in ("bf16", "fp16"):
-        h = f"*{half}"
+    for dtype in ("bf16", "fp16", "fp32"):
+        cores, first = dtype != "fp32", ("float32",) if dtype == "fp32" else ()
+        forward, backward = (lookup("mlp", arch, *first, bucket) for bucket in ("forward", "backward"))
+        h = f"*{dtype}"
         shared = {"EVEN_K": True, "PRECISION": "ieee"}
         for keep in (True, False):
             found.append(
                 aot_case(
-                    f"linear_gelu {half}" + " keeps h" * keep, _linear_gelu,
+                    f"linear_gelu {dtype}" + " keeps h" * keep, _linear_gelu,
                     {"x_ptr": h, "w_ptr": h, "b_ptr": h, "a_ptr": h, "h_ptr": h, **sizes},
-                    {"KEEP": keep, **shared}, forward,
+                    {"KEEP": keep, **shared}, forward, cores,
                 )
             )  # fmt: skip
         found.append(
             aot_case(
-                f"linear_dgelu {half}", _linear_dgelu,
+                f"linear_dgelu {dtype}", _linear_dgelu,
                 {"dy_ptr": h, "w_ptr": h, "h_ptr": h, "dh_ptr": h, "a_ptr": h, "db_ptr": "*fp32", **sizes},
-                shared, backward,
+                shared, backward, cores,
             )
         )  # fmt: skip
     return found

@@ -179,31 +179,34 @@ def patch_embed_dw(
 
 
 def aot_cases(arch: int) -> list[AotCase]:
-    """Every dtype that is served by default: half-precision weights with pixels as they come; half or fp32 results."""
+    """Half-precision weights with pixels as they come, half or fp32 results; and fp32."""
     sizes = {"height": "i32:16", "width": "i32:16", "D": "i32:16"}
-    forward, backward = (dict(lookup("patch_embed", arch, bucket)) for bucket in ("forward", "backward"))
     found = []
-    for half, pixels, states in [
+    for dtype, pixels, states in [
         ("bf16", "bf16", "bf16"), ("bf16", "fp32", "bf16"), ("bf16", "fp32", "fp32"), ("bf16", "u8", "bf16"),
-        ("fp16", "fp16", "fp16"), ("fp16", "u8", "fp16"),
+        ("fp16", "fp16", "fp16"), ("fp16", "u8", "fp16"), ("fp32", "fp32", "fp32"),
     ]:  # fmt: skip
+        cores, first = dtype != "fp32", ("float32",) if dtype == "fp32" else ()
+        forward, backward = (
+            lookup("patch_embed", arch, *first, bucket) for bucket in ("forward", "backward")
+        )
         parameters = {
-            "w_ptr": f"*{half}",
+            "w_ptr": f"*{dtype}",
             "bias_ptr": f"*{states}",
             "cls_ptr": f"*{states}",
             "pos_ptr": f"*{states}",
         }
         found += [
             aot_case(
-                f"forward {half}, pixels {pixels}, out {states}", _patch_embed_fwd,
+                f"forward {dtype}, pixels {pixels}, out {states}", _patch_embed_fwd,
                 {"image_ptr": f"*{pixels}", **parameters, "y_ptr": f"*{states}", "rows": "i32", **sizes},
-                {"C": 3, "P": 16, "PRECISION": "ieee"}, forward,
+                {"C": 3, "P": 16, "PRECISION": "ieee"}, forward, cores,
             ),
             aot_case(
-                f"dW {half}, pixels {pixels}", _patch_embed_dw,
-                {"dy_ptr": f"*{half}", "image_ptr": f"*{pixels}", "dw_ptr": "*fp32",
+                f"dW {dtype}, pixels {pixels}", _patch_embed_dw,
+                {"dy_ptr": f"*{dtype}", "image_ptr": f"*{pixels}", "dw_ptr": "*fp32",
                  "patches": "i32", "share": "i32:16", **sizes},
-                {"C": 3, "P": 16, "PRECISION": "ieee"}, backward,
+                {"C": 3, "P": 16, "PRECISION": "ieee"}, backward, cores,
             ),
         ]  # fmt: skip
     return found

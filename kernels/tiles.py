@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import triton
 import triton.language as tl
@@ -45,9 +46,14 @@ def next_power_of_2(n: int) -> int:
 
 
 def aot_case(
-    name: str, fn: Any, signature: dict[str, str], constexprs: dict[str, Any], config: dict[str, Any]
+    name: str,
+    fn: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    config: Mapping[str, Any],
+    tensor_cores: bool | Literal["mma"] = True,
 ) -> AotCase:
     """An AotCase of a configuration of a table: its tile sizes are constexpr, the rest are launch options."""
     tiles = dict(config)
     warps, stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-    return AotCase(name, fn, signature, constexprs | tiles, warps, stages, tensor_cores=True)
+    return AotCase(name, fn, signature, constexprs | tiles, warps, stages, tensor_cores)

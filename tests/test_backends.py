@@ -88,6 +88,17 @@ def test_a_backend_that_is_not_there_is_refused_by_name(asked, message, monkeypa
         backends.choose("look", HERE)
 
 
+def test_a_misspelt_operation_is_refused(monkeypatch):
+    with (
+        pytest.raises(ValueError, match="'atention' is no operation.*'attention'"),
+        backends.use(atention="torch"),
+    ):
+        pass
+    monkeypatch.setenv(backends.VARIABLE, "lok=torch")
+    with pytest.raises(ValueError, match="'lok' is no operation"):
+        backends.choose("look", HERE)
+
+
 def test_an_unknown_backend_cannot_be_registered():
     with pytest.raises(ValueError, match="not backends"):
         backends.register("norm", cuda=backends.always)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -233,6 +234,9 @@ P = torch.zeros(4, 4)
         (dict(copies=[P]), "copies must share one of"),
         (dict(copies=[P.half()], average_copies=[P.bfloat16()]), "copies must share one of"),
         (dict(averages=[torch.zeros(4, 4, device="meta")]), "is on meta"),
+        (dict(averages=[P]), "is the parameter itself"),
+        (dict(average_copies=[P.half()]), "has no average"),
+        (dict(exp_avgs=[P], exp_avg_sqs=[P], steps=[torch.zeros(3)]), "must be one number"),
     ],
 )
 def test_lists_that_do_not_fit_are_refused(given, message):
@@ -263,6 +267,25 @@ def test_gradients_without_state_and_groups_that_disagree_are_refused(backend):
         AdamWEma(params, [(params[0], torch.zeros(3)), (params[0], torch.zeros(3))])
     with pytest.raises(ValueError, match="groups must agree"):
         AdamWEma([{"params": params[:1], "lr": 1.0}, {"params": params[1:]}]).step()
+    with pytest.raises(ValueError, match="has no maximize"):
+        AdamWEma([{"params": params, "maximize": True}]).step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_as_the_original_does(copied, backend):
+    params = model(shapes=[(3,), (4,)])
+    averages = [p.detach().clone() for p in params]
+    optimizer = AdamWEma(params, list(zip(params, averages)), lr=0.1)
+    optimizer.momentum = 0.5
+    twin = copied(optimizer)
+    for each in (optimizer, twin):
+        for _ in range(2):
+            for p in each.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            each.step()
+    theirs = twin.param_groups[0]["params"]
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(params, theirs))
+    assert all(torch.equal(a, b) for a, (_, b) in zip(averages, twin._pairs))
 
 
 @pytest.mark.gpu

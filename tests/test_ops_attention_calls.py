@@ -83,9 +83,9 @@ def bad_calls():
     dense = random(1, 2, 5, 32)
     return [
         ("must have key's shape", lambda: attention(dense, dense, dense[:, :, :4])),
-        (r"\[B, H, N, d\]", lambda: attention(dense, dense[:, :1], dense[:, :1])),
-        (r"\[B, H, N, d\]", lambda: attention(q, q, q)),
-        ("query must be one of", lambda: attention(dense.double(), dense, dense)),
+        (r"key must have shape \[1, 2, any, 32\]", lambda: attention(dense, dense[:, :1], dense[:, :1])),
+        (r"query must have shape \[any, any, any, any\]", lambda: attention(q, q, q)),
+        ("must be one of", lambda: attention(dense.double(), dense, dense)),
         ("query is torch.float32", lambda: attention(dense, dense.half(), dense.half())),
         ("scale must be positive", lambda: attention(dense, dense, dense, scale=-1.0)),
         ("below 1", lambda: attention(dense, dense, dense, dropout=1.0)),
@@ -109,6 +109,15 @@ def bad_calls():
             "make it for that device",
             lambda: attention_varlen((q, kv, kv), Layout([3, 2], [9, 9], device="meta")),
         ),
+        (
+            "got torch.int64; use mask.bool",
+            lambda: attention(dense, dense, dense, torch.ones(1, 1, 1, 5).long()),
+        ),
+        (r"broadcastable to \[1, 2, 5, 5\]", lambda: attention(dense, dense, dense, torch.ones(3, 1, 1, 5))),
+        ("mask is on meta", lambda: attention(dense, dense, dense, torch.ones(5, 5, device="meta"))),
+        ("at least one number", lambda: attention(*[dense[..., :0]] * 3)),
+        ("must be one of", lambda: attention(*[dense.long()] * 3)),
+        ("query must have shape", lambda: attention(*[torch.tensor(1.0)] * 3)),
         ("by `index`", lambda: Layout([3, 2], [9], device="cpu")),
         ("one of 1 sets", lambda: Layout([3, 2], [9], [0, 1], device="cpu")),
         ("not be negative", lambda: Layout([3, -2], device="cpu")),

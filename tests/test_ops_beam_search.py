@@ -124,6 +124,15 @@ def test_a_step_is_that_of_a_plain_loop(n, k, live, L, S, V, dtype, log_probs, r
     assert {image["done"] for image in want} == {True, False} or n < 5
 
 
+def test_strided_worths_are_read_right(backend):
+    worth = torch.linspace(1, 3, 9, device=DEVICE)
+    apart = torch.stack([worth, worth * 99], 1)[:, 0]
+    found = [beams(3, 3, 8, 5, 4) for _ in range(2)]
+    for state, one in zip(found, (worth, apart)):
+        beam_step(logits(3, 3, 70), state, one, eos=EOS)
+    assert all(torch.equal(a, b) for a, b in zip(*(state.tensors() for state in found)))
+
+
 def test_no_text_ends_before_its_length(backend):
     state, x, worth = beams(4, 3, 8, 5, 4), logits(4, 3, 100), [1.0] * 9
     for min_length in (4, 5):
@@ -192,19 +201,20 @@ def test_the_operator_passes_pytorchs_own_check(triton):
         (dict(logits=torch.zeros(2, 2, 70)), "logits must have shape"),
         (dict(logits=torch.zeros(2, 3, 6)), "more than 6 tokens"),
         (dict(worth=torch.zeros(8)), "a number for each length"),
+        (dict(eos=70), "eos must be one of 70 tokens, got 70"),
         (dict(done=torch.zeros(2, dtype=torch.bool, device="meta")), "done is on meta"),
     ],
 )
 def test_wrong_inputs_are_refused_by_name(change, message):
     state = beams(2, 3, 8, 5, 4)
-    given = {"logits": torch.zeros(2, 3, 70), "worth": torch.ones(9)}
+    given = {"logits": torch.zeros(2, 3, 70), "worth": torch.ones(9), "eos": EOS}
     for name, value in change.items():
         if name in given:
             given[name] = value
         else:
             setattr(state, name, value)
     with pytest.raises(ValueError, match=f"beam_search: .*{message}"):
-        beam_step(given["logits"], state, given["worth"], eos=EOS)
+        beam_step(given["logits"], state, given["worth"], eos=given["eos"])
 
 
 @pytest.mark.gpu

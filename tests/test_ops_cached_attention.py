@@ -70,6 +70,30 @@ def test_part_of_a_cache_and_of_a_mask_will_do(backend):
     assert torch.equal(whole[2:5].double(), after) and not whole[:2].any() and not whole[5:].any()
 
 
+def test_new_tokens_beyond_the_mask_are_kept_and_not_seen(backend):
+    qkv, cache, _, mask = inputs(2, 3, 20, 20, 2, 32)
+    slots = torch.tensor([[8, 17, 18], [19, 2, 11]], device=DEVICE)
+    cache.nan_to_num_()
+    mask = mask[..., :12].contiguous()
+    mask[..., 0] = True
+    want, after = exactly(qkv, cache, slots, mask)
+    got = cached_attention(qkv, cache, slots, mask)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(cache.double(), after)
+
+
+def test_the_kernel_refuses_a_cache_that_it_cannot_write_to(triton):
+    qkv, cache, slots, mask = inputs(2, 3, 20, 20, 2, 32)
+    apart = cache.transpose(3, 4).contiguous().transpose(3, 4)
+    with pytest.raises(ValueError, match="heads lie one behind the other"):
+        cached_attention(qkv, apart, slots, mask)
+
+
+def test_no_gradient_flows(backend):
+    qkv, *rest = inputs(2, 3, 20, 20, 2, 32)
+    assert not cached_attention(qkv.requires_grad_(), *rest).requires_grad
+
+
 def test_more_tokens_and_other_heads_than_the_kernel_takes_go_to_pytorch():
     for q, d in ((17, 32), (3, 12)):
         qkv, cache, slots, mask = inputs(2, q, 30, 30, 2, d)

@@ -138,6 +138,29 @@ def test_large_logits_and_certain_predictions_are_exact(backend):
     assert all((a - b).abs().max() < 1e-4 for a, b in zip(got, want))
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_banned_words_leave_losses_finite_where_pytorchs_are(backend, label_smoothing):
+    data = inputs()
+    data["bias"][:3] = -torch.inf
+    data["labels"] = data["labels"].where(data["labels"] == -100, data["labels"].clamp(min=3))
+    with backends.use(linear_cross_entropy=backend):
+        got = differentiate(linear_cross_entropy, data, reduction="sum", label_smoothing=label_smoothing)
+    want = differentiate(dense, data, dtype=torch.float64, reduction="sum", label_smoothing=label_smoothing)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_in_ignored_rows_does_not_matter(backend):
+    data = inputs()
+    with backends.use(linear_cross_entropy=backend):
+        want = differentiate(linear_cross_entropy, data, reduction="sum")
+        data["hidden"][data["labels"] == -100] = torch.nan
+        loss, hidden, *_ = differentiate(linear_cross_entropy, data, reduction="sum")
+    assert torch.equal(loss, want[0]) and torch.equal(hidden, want[1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_tokens_it_is_what_pytorch_says(backend):
     with backends.use(linear_cross_entropy=backend):

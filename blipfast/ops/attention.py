@@ -17,7 +17,14 @@ from torch import Tensor
 from .. import backends
 from . import attention_torch as by
 from .attention_layout import Layout
-from .checks import check_dtype, check_probability, check_same_device, check_same_dtype, check_same_shape
+from .checks import (
+    check_dtype,
+    check_probability,
+    check_same_device,
+    check_same_dtype,
+    check_same_shape,
+    check_shape,
+)
 from .launch import autocast_dtype, input_precision, no_autocast, tuned
 from .library import register
 from .seeds import draw_seed
@@ -80,14 +87,14 @@ def attention(
     Served by: triton (CUDA, half precision, d 32, 64 or 128, no mask), sdpa, torch; flash_attn, xformers if asked for.
     """
     query, key, value = _cast(query, key, value)
+    check_shape(OP, "query", query, (None, None, None, None))
+    B, H, N, d = query.shape
+    check_shape(OP, "key", key, (B, H, None, d))
     scale = _check(query, key, value, dropout, scale)
-    B, H, N, d = query.shape if query.ndim == 4 else (None,) * 4
-    if B is None or key.ndim != 4 or key.shape[:2] != (B, H) or key.shape[3] != d:
-        raise ValueError(
-            f"{OP}: query must be [B, H, N, d] and key [B, H, S, d], got {list(query.shape)} and {list(key.shape)}"
-        )
     if causal and N > key.shape[2]:
         raise ValueError(f"{OP}: causal needs at least as many keys as queries, got {key.shape[2]} and {N}")
+    if mask is not None:
+        mask = _checked_mask(mask, query, (B, H, N, key.shape[2]))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     name = backends.choose(OP, q)
     if name not in _PYTORCH and mask is not None:
@@ -177,6 +184,8 @@ def attention_varlen(
 
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
+    """As autocast casts them, if they are floats at all."""
+    check_dtype(OP, backends.FLOATS, **{f"tensor {i + 1}": x for i, x in enumerate(tensors)})
     dtype = autocast_dtype(tensors[0])
     return [x if dtype is None else x.to(dtype) for x in tensors]
 
@@ -184,14 +193,28 @@ def _cast(*tensors: Tensor) -> list[Tensor]:
 def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> float:
     """The scale."""
     check_same_shape(OP, key=key, value=value)
-    check_dtype(OP, backends.FLOATS, query=query)
     check_same_dtype(OP, query=query, key=key, value=value)
     check_same_device(OP, query=query, key=key, value=value)
     check_probability(OP, "dropout", dropout)
+    if not query.ndim or not query.shape[-1]:
+        raise ValueError(f"{OP}: heads must have at least one number, got query {list(query.shape)}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0.0 < scale < float("inf"):
         raise ValueError(f"{OP}: scale must be positive, got {scale}")
     return scale
+
+
+def _checked_mask(mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Tensor:
+    """The mask, if additive in the dtype of `query`."""
+    check_same_device(OP, query=query, mask=mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise ValueError(
+            f"{OP}: mask must be bool (True: attend) or additive floats, got {mask.dtype}; use mask.bool()"
+        )
+    missing = len(scores) - mask.ndim
+    if missing < 0 or any(size not in (1, all_of) for size, all_of in zip(mask.shape, scores[missing:])):
+        raise ValueError(f"{OP}: mask must be broadcastable to {list(scores)}, got {list(mask.shape)}")
+    return mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
 
 def _check_layout(query, key, layout, causal, first, key_mask) -> None:

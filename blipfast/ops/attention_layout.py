@@ -85,7 +85,7 @@ class Layout:
         asked = self.query_lengths > 0
         self.keys_each = self._common(self.key_lengths)
         self.spare_each = self._common(spare)
-        self.least_spare = int(spare.min(initial=0))
+        self.least_spare = int(spare.min()) if len(spare) else 0
         self.some_see_none = bool((asked & (self.key_lengths == 0)).any())
         self.some_see_none_causally = self.some_see_none or bool((asked & (spare < 0)).any())
         self.ends, self.spare = self._upload(np.stack([self.key_lengths - 1, spare]))[..., None, None]

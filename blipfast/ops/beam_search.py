@@ -68,12 +68,14 @@ def beam_step(
     `log_probs` they are log-probabilities, and count as they are. worth [L + 1 or more] fp32: by what the score of a
     text of some length (without the end token) is divided. No text ends before it has `min_length` tokens. An image is
     done when its k-th best ended text is as good as the best candidate would be if it ended now, or with `running`, as
-    the best of those that go on. k >= 2, V > 2k. Raises ValueError for wrong shapes, dtypes and devices.
+    the best of those that go on. k >= 2, V > 2k. Raises ValueError for wrong shapes, dtypes, devices and eos.
     Served by: triton (CUDA, k <= 16), torch.
     """
-    _check(logits, beams, worth)
+    _check(logits, beams, worth, eos)
     if len(logits) and beams.ids.shape[1] <= MOST and backends.choose(OP, logits) == "triton":
-        _op(logits.contiguous(), *beams.tensors(), worth, eos, min_length, not log_probs, running)
+        _op(
+            logits.contiguous(), *beams.tensors(), worth.contiguous(), eos, min_length, not log_probs, running
+        )
         return
     scores = logits.to(torch.float32, copy=True) if log_probs else logits.float().log_softmax(-1)
     _torch(scores, beams, worth, eos, min_length, running)
@@ -121,7 +123,7 @@ def _torch(scores: Tensor, beams: Beams, worth: Tensor, eos: int, min_length: in
     beams.length += 1
 
 
-def _check(logits: Tensor, beams: Beams, worth: Tensor) -> None:
+def _check(logits: Tensor, beams: Beams, worth: Tensor, eos: int) -> None:
     check_shape(OP, "ids", beams.ids, (None, None, None))
     n, k, L = beams.ids.shape
     shapes = {"length": (n, 1), "score": (n, k), "past": (n, k, None), "done": (n,)}
@@ -144,6 +146,8 @@ def _check(logits: Tensor, beams: Beams, worth: Tensor) -> None:
         raise ValueError(
             f"{OP}: needs at least 2 beams and more than {2 * k} tokens, got {k} and {logits.shape[-1]}"
         )
+    if not 0 <= eos < logits.shape[-1]:
+        raise ValueError(f"{OP}: eos must be one of {logits.shape[-1]} tokens, got {eos}")
     if worth.ndim != 1 or len(worth) <= L:
         raise ValueError(f"{OP}: worth needs a number for each length up to {L}, got {list(worth.shape)}")
 

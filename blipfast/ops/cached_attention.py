@@ -25,6 +25,7 @@ def _triton(qkv: Tensor) -> bool:
 backends.register(OP, {"": (1, 3, 3, 12, 64)}, triton=_triton, torch=backends.always)
 
 
+@torch.no_grad()
 def cached_attention(qkv: Tensor, cache: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
     """Queries, keys and values [n, q, 3, H, d] of q new tokens of n texts -> [n, q, H, d].
 
@@ -49,6 +50,10 @@ def cached_attention(qkv: Tensor, cache: Tensor, slots: Tensor, mask: Tensor) ->
         if q > MOST or d not in HEAD_SIZES:
             raise ValueError(
                 f"{OP}: the kernel takes {MOST} new tokens and head sizes {HEAD_SIZES}, got {q} and {d}"
+            )
+        if cache.stride()[-2:] != (d, 1):
+            raise ValueError(
+                f"{OP}: in the kernel's cache heads lie one behind the other; got {cache.stride()}"
             )
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         return _op(qkv.contiguous(), cache, slots.contiguous(), mask, d**-0.5)

@@ -15,6 +15,12 @@ def check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...
         raise ValueError(f"{op}: {name} must have shape [{wanted}], got {list(tensor.shape)}")
 
 
+def check_rows(op: str, name: str, tensor: Tensor) -> None:
+    """Rows of at least one number: no scalar, no width of 0."""
+    if not tensor.ndim or not tensor.shape[-1]:
+        raise ValueError(f"{op}: {name} must have shape [..., D], D at least 1, got {list(tensor.shape)}")
+
+
 def check_same_shape(op: str, **tensors: Tensor) -> None:
     """All of one shape; the first one sets it."""
     head = None

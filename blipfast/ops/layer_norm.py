@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends
-from .checks import check_dtype, check_probability, check_same_device, check_same_shape, check_shape
+from .checks import (
+    check_dtype,
+    check_probability,
+    check_rows,
+    check_same_device,
+    check_same_shape,
+    check_shape,
+)
 from .launch import autocast_dtype, multiprocessors, tuned
 from .library import register
 from .seeds import draw_seed
@@ -53,6 +60,7 @@ def dropout_add_layer_norm(
 
 
 def _run(x, residual, weight, bias, dropout, eps, y_dtype, keep_sum=False) -> tuple[Tensor, Tensor]:
+    check_rows(OP, "x", x)
     check_same_shape(OP, x=x, residual=residual)
     check_shape(OP, "weight", weight, x.shape[-1:])
     check_shape(OP, "bias", bias, x.shape[-1:])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from .checks import check_dtype, check_same_device, check_same_dtype, check_shape
+from .checks import check_dtype, check_rows, check_same_device, check_same_dtype, check_shape
 from .launch import autocast_dtype, no_autocast, tuned
 from .library import register
 
@@ -33,8 +33,9 @@ def linear_cross_entropy(
 
     hidden [..., D], weight [V, D], one dtype (fp32, fp16, bf16), or whatever under autocast, which then sets that of
     the products; bias [V] or None. labels [...] int64: ignore_index where nothing is predicted (loss and gradient 0;
-    better left out beforehand), else 0..V-1; others raise ValueError on a CPU and give NaN on a GPU. label_smoothing
-    eps: the target is (1 - eps) the label + eps / V everything. token_weights [...]: factors of the losses.
+    better left out beforehand), else 0..V-1; others raise ValueError on a CPU, and on a GPU give NaN (triton) or end
+    the program (torch). label_smoothing eps: the target is (1 - eps) the label + eps / V everything. token_weights
+    [...]: factors of the losses.
     reduction: "none": weighted losses like labels; "sum"; "mean": the sum over the number of predicted tokens, weighted
     or not; NaN if there are none, as in PyTorch.
 
@@ -56,7 +57,7 @@ def linear_cross_entropy(
         _check_labels(flat, ignore_index, len(weight))
     tensors = hidden.reshape(-1, hidden.shape[-1]).contiguous(), weight.contiguous(), bias, flat
     settings = float(label_smoothing), ignore_index, dtype, backend
-    factors = None if token_weights is None else token_weights.reshape(-1).float()
+    factors = None if token_weights is None else token_weights.reshape(-1).float().contiguous()
     wants_gradient = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     one_chunk = backend == "torch" and len(flat) <= _rows(device)
     if reduction != "none" and torch.is_grad_enabled() and wants_gradient and not one_chunk:
@@ -71,8 +72,7 @@ def linear_cross_entropy(
 
 
 def _check(hidden, weight, bias, labels, label_smoothing, token_weights, reduction) -> None:
-    if hidden.ndim == 0:
-        raise ValueError(f"{OP}: hidden must have shape [..., D], got a scalar")
+    check_rows(OP, "hidden", hidden)
     check_shape(OP, "weight", weight, (None, hidden.shape[-1]))
     check_shape(OP, "labels", labels, tuple(hidden.shape[:-1]))
     if bias is not None:
@@ -241,14 +241,15 @@ def _torch_step(z, h, weight, bias, labels, c, losses, smoothing, ignore_index, 
     loss = (smoothing - 1) * log_p.gather(1, label)[:, 0]
     if smoothing:
         loss -= smoothing * log_p.mean(1)
-    losses.copy_(loss * counts)
+    losses.copy_(loss.where(counts, 0))
     if not gradient:
         return None
     dz = log_p.exp_()
     if smoothing:
         dz -= smoothing / z.shape[1]
     dz.scatter_add_(1, label, torch.full_like(loss, smoothing - 1)[:, None])
-    return dz.mul_((counts if c is None else counts * c)[:, None]).to(z.dtype)
+    dz.masked_fill_(~counts[:, None], 0)
+    return (dz if c is None else dz.mul_(c[:, None])).to(z.dtype)
 
 
 def _triton_step(z, h, weight, bias, labels, c, losses, smoothing, ignore_index, gradient) -> Tensor:

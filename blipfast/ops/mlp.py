@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
-from .checks import check_dtype, check_same_device, check_same_dtype, check_shape
+from .checks import check_dtype, check_rows, check_same_device, check_same_dtype, check_shape
 from .gelu_gradient import gelu_gradient
-from .launch import autocast_dtype, input_precision, tuned
+from .launch import autocast_dtype, input_precision, no_autocast, tuned
 from .library import register
 from .linear import product
 
@@ -25,8 +25,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     Raises ValueError for other shapes, several dtypes or devices. Served by: triton (CUDA), torch.
     """
     tensors = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
-    if x.ndim == 0:
-        raise ValueError("mlp: x must have shape [..., D], got a scalar")
+    check_rows("mlp", "x", x)
     check_shape("mlp", "weight1", weight1, (None, x.shape[-1]))
     check_shape("mlp", "bias1", bias1, weight1.shape[:1])
     check_shape("mlp", "weight2", weight2, (None, weight1.shape[0]))
@@ -73,21 +72,21 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight1, weight2, h = ctx.saved_tensors
         fused, gradient = ctx.served
-        dy = dy.contiguous()
-        if fused == "triton":
-            dh, a, db1 = _linear_dgelu(dy, weight2.contiguous(), h)
-        else:
-            dh, a, db1 = gelu_gradient(dy @ weight2, h, gradient)
-        needs = ctx.needs_input_grad
-        return (
-            dh @ weight1 if needs[0] else None,
-            dh.T @ x if needs[1] else None,
-            db1.to(dy.dtype) if needs[2] else None,
-            dy.T @ a if needs[3] else None,
-            dy.sum(0) if needs[4] else None,
-            None,
-            None,
-        )
+        dy, needs = dy.contiguous(), ctx.needs_input_grad
+        with no_autocast(dy):  # which whoever calls backward may have on
+            if fused == "triton":
+                dh, a, db1 = _linear_dgelu(dy, weight2.contiguous(), h)
+            else:
+                dh, a, db1 = gelu_gradient(dy @ weight2, h, gradient)
+            return (
+                dh @ weight1 if needs[0] else None,
+                dh.T @ x if needs[1] else None,
+                db1.to(dy.dtype) if needs[2] else None,
+                dy.T @ a if needs[3] else None,
+                dy.sum(0) if needs[4] else None,
+                None,
+                None,
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- triton

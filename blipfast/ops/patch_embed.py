@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import backends
 from .checks import check_dtype, check_same_device, check_shape
@@ -23,7 +24,7 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor,
     cls_token: [1, 1, D] or [D]. pos_embed: [1, 1 + N, D] or [1 + N, D], N = (H / P) (W / P), row by row.
     Pixels are cast to the weight's dtype, or to autocast's; sums are fp32. The result has the dtype to which product
     and pos_embed promote: fp32 position embeddings give fp32 states under autocast, as `conv(x) + pos_embed` does.
-    Differentiable in every argument; for a gradient of the images the PyTorch path serves.
+    Differentiable once in every argument; for a gradient of the images the PyTorch path serves.
     Raises ValueError for other shapes and dtypes or several devices. Served by: triton (CUDA), torch.
     """
     check_dtype("patch_embed", FLOATS, images=images)
@@ -68,12 +69,14 @@ def _patch_embed(images, weight, bias, cls_token, pos_embed):
     check_shape("patch_embed", "images", images, (None, None, None, None))
     check_shape("patch_embed", "weight", weight, (None, images.shape[1], None, weight.shape[-1]))
     (D, _, rows, P), (height, width) = weight.shape, images.shape[2:]
-    if rows != P or height % P or width % P or not min(height, width):
+    if rows != P or not P or height % P or width % P or not min(height, width):
         raise ValueError(
             f"patch_embed: pictures of {height} x {width} do not divide into patches of {rows} x {P}; "
             "resize them to a multiple, with a square patch"
         )
     T = (height // P) * (width // P) + 1
+    if pos_embed.ndim == 3:
+        check_shape("patch_embed", "pos_embed", pos_embed, (1, T, D))
     cls, pos = cls_token.reshape(-1), pos_embed[0] if pos_embed.ndim == 3 else pos_embed
     check_shape("patch_embed", "bias", bias, (D,))
     check_shape("patch_embed", "cls_token", cls, (D,))
@@ -87,7 +90,7 @@ def _patch_embed(images, weight, bias, cls_token, pos_embed):
     wants_pixels = images.requires_grad and torch.is_grad_enabled()
     if not wants_pixels and backends.choose("patch_embed", weight) == "triton":
         tensors = (x.contiguous() for x in (images, weight, bias, cls, pos))
-        return _patch_embed_fwd(*tensors, out)
+        return _PatchEmbed.apply(*tensors, out)
     return _torch(images, weight, bias, cls, pos, out)
 
 
@@ -152,23 +155,23 @@ _patch_embed_dw = register(
 )
 
 
-def _save(ctx, inputs, output):
-    images, *tensors, _ = inputs
-    ctx.save_for_backward(images)
-    ctx.patch_size = tensors[0].shape[-1]
-    ctx.dtypes = [x.dtype for x in tensors]
+class _PatchEmbed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, weight, bias, cls, pos, out):
+        ctx.save_for_backward(images)
+        ctx.patch_size = weight.shape[-1]
+        ctx.dtypes = [x.dtype for x in (weight, bias, cls, pos)]
+        return _patch_embed_fwd(images, weight, bias, cls, pos, out)
 
-
-def _backward(ctx, dy):
-    (images,) = ctx.saved_tensors
-    weight, bias, cls, pos = ctx.dtypes
-    dw = db = dcls = dpos = None
-    if ctx.needs_input_grad[1]:
-        dw = _patch_embed_dw(dy.to(weight).contiguous(), images, ctx.patch_size).to(weight)
-    if any(ctx.needs_input_grad[2:]):
-        sums = dy.sum(0, dtype=torch.float32)
-        db, dcls, dpos = sums[1:].sum(0).to(bias), sums[0].to(cls), sums.to(pos)
-    return None, dw, db, dcls, dpos, None
-
-
-torch.library.register_autograd("blipfast::patch_embed_fwd", _backward, setup_context=_save)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (images,) = ctx.saved_tensors
+        weight, bias, cls, pos = ctx.dtypes
+        dw = db = dcls = dpos = None
+        if ctx.needs_input_grad[1]:
+            dw = _patch_embed_dw(dy.to(weight).contiguous(), images, ctx.patch_size).to(weight)
+        if any(ctx.needs_input_grad[2:]):
+            sums = dy.sum(0, dtype=torch.float32)
+            db, dcls, dpos = sums[1:].sum(0).to(bias), sums[0].to(cls), sums.to(pos)
+        return None, dw, db, dcls, dpos, None
