@@ -34,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blipfast.models.med import BertEncoder
+from blipfast.models.packing import stacked
 from blipfast.models.vit import Mlp
 from blipfast.precision import QUANTIZED, dtype_of
 from blipfast.processor import cpu_has
@@ -66,11 +68,11 @@ class Int8Linear(nn.Module):
     oneDNN keeps the weights in an order of its own. Raises ImportError where torch has no int8 kernels.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        """Of weight [F, D] and bias [F]."""
         super().__init__()
         self.steps = activation_steps()
-        weight, scale = by_rows(linear.weight.detach().float(), torch.int8, LARGEST[torch.int8])
-        bias = linear.bias
+        weight, scale = by_rows(weight.detach().float(), torch.int8, LARGEST[torch.int8])
         # no buffers: they stay on the CPU, and in fp32 whatever the model is cast to
         self.scale, self.zero = scale.flatten(), torch.zeros(len(weight), dtype=torch.int64)
         self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float().clone()
@@ -104,7 +106,7 @@ class Int8Mlp(nn.Module):
 
     def __init__(self, mlp: Mlp):
         super().__init__()
-        self.fc1, self.fc2 = Int8Linear(mlp.fc1), Int8Linear(mlp.fc2)
+        self.fc1, self.fc2 = (Int8Linear(layer.weight, layer.bias) for layer in (mlp.fc1, mlp.fc2))
 
     def forward(self, x: Tensor) -> Tensor:
         return in_chunks(lambda x: self.fc2.in_fp32(F.gelu(self.fc1.in_fp32(x))), x, len(self.fc2.scale))
@@ -199,6 +201,8 @@ def quantize(model: nn.Module, precision: str = "int8", device: str | torch.devi
     if precision not in QUANTIZED:
         raise ValueError(f"quantize: precision must be one of {', '.join(QUANTIZED)}, got {precision!r}.")
     on_cpu = precision == "int8" and torch.device(device).type == "cpu"
+    if on_cpu and hasattr(model, "text_decoder"):
+        join_projections(model.text_decoder.bert.encoder)
     dtype = E4M3 if precision == "fp8" else torch.int8
     for path in list(cpu_layers(model) if on_cpu else wide_layers(model)):
         parent, _, child = path.rpartition(".")
@@ -206,9 +210,20 @@ def quantize(model: nn.Module, precision: str = "int8", device: str | torch.devi
         if not on_cpu:
             new = ScaledLinear(old, dtype)
         else:
-            new = Int8Mlp(old) if type(old) is Mlp else Int8Linear(old)
+            new = Int8Mlp(old) if type(old) is Mlp else Int8Linear(old.weight, old.bias)
         setattr(model.get_submodule(parent), child, new)
     return model
+
+
+def join_projections(encoder: BertEncoder) -> None:
+    """Give its self-attentions queries, keys and values by one layer: rounding what comes takes as long as a product
+    of 768 outputs for few rows."""
+    for layer in encoder.layer:
+        block = layer.attention.self
+        three = (block.query, block.key, block.value)
+        if all(type(each) is nn.Linear for each in three):
+            weight, bias = stacked(three)
+            block.joined = Int8Linear(weight, bias)
 
 
 def linears(model: nn.Module, *parts: str) -> Iterator[tuple[str, nn.Linear]]:

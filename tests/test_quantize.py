@@ -34,7 +34,7 @@ from blipfast.quantize import (
 
 TEXTS = ["a cat", "two red apples", "a dog on the beach", "the sea"]
 LAYERS = {
-    "int8": Int8Linear,
+    "int8": lambda linear: Int8Linear(linear.weight, linear.bias),
     "int8 of GPUs": lambda linear: ScaledLinear(linear, torch.int8),
     "fp8": lambda linear: ScaledLinear(linear, E4M3),
 }
@@ -115,6 +115,22 @@ def test_int8_leaves_image_keys_and_values_and_with_amx_the_image_encoder(small,
 
 @needs_int8
 @torch.no_grad()
+def test_decoding_makes_queries_keys_and_values_by_one_layer(small, images):
+    captioner = prepare(blip_decoder(**small), "int8", "cpu")
+    blocks = [layer.attention.self for layer in captioner.text_decoder.bert.encoder.layer]
+    x = torch.randn(3, 5, 48)
+    for block in blocks:
+        alone = [layer(x) for layer in (block.query, block.key, block.value)]
+        assert torch.equal(block.joined(x), torch.cat(alone, -1))
+    search = dict(num_beams=2, max_length=8, min_length=5)
+    expected = captioner.generate(images, **search)
+    for block in blocks:
+        block.joined = None
+    assert captioner.generate(images, **search) == expected
+
+
+@needs_int8
+@torch.no_grad()
 def test_the_image_encoder_in_int8_is_close_to_fp32(small, images, monkeypatch):
     monkeypatch.setattr(processor, "_capabilities", dict)
     encoder = blip_decoder(**small).eval().visual_encoder
@@ -141,7 +157,8 @@ def test_an_int8_model_is_run_with_gradients_on_and_prepared_again(small, images
 def test_a_feed_forward_in_int8_is_its_layers_one_after_the_other():
     torch.manual_seed(0)
     mlp, x = Mlp(64, 128), torch.randn(3, CHUNK, 64)
-    expected = Int8Linear(mlp.fc2)(nn.functional.gelu(Int8Linear(mlp.fc1)(x)))
+    fc1, fc2 = map(LAYERS["int8"], (mlp.fc1, mlp.fc2))
+    expected = fc2(nn.functional.gelu(fc1(x)))
     assert torch.equal(Int8Mlp(mlp)(x), expected)
 
 
@@ -166,7 +183,7 @@ def test_layers_of_widths_a_gpu_cannot_take_stay(small):
 @needs_int8
 def test_int8_rounds_a_weight_to_one_part_in_250_of_its_row(linear):
     x = torch.eye(64)
-    difference = (Int8Linear(linear)(x) - linear(x)).abs().amax(0)
+    difference = (LAYERS["int8"](linear)(x) - linear(x)).abs().amax(0)
     assert (difference <= linear.weight.abs().amax(1) * 1.01 / 127).all()
 
 
@@ -234,7 +251,8 @@ def test_int8_stays_exact_enough_on_processors_that_add_in_16_bits():
         torch.manual_seed(0)
         linear, x = torch.nn.Linear(256, 64), torch.rand(20, 256) + 1
         with torch.no_grad():
-            error = (Int8Linear(linear)(x) - linear(x)).norm() / linear(x).norm()
+            low = Int8Linear(linear.weight, linear.bias)
+            error = (low(x) - linear(x)).norm() / linear(x).norm()
         print(activation_steps(), float(error))
     """
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -314,5 +332,7 @@ def test_a_gpu_computes_what_the_cpu_does(dtype, needs, rows):
         pytest.skip(f"needs compute capability {needs[0]}.{needs[1]}")
     torch.manual_seed(0)
     layer, x = ScaledLinear(nn.Linear(768, 2304), dtype).bfloat16(), torch.randn(rows, 768).bfloat16()
-    expected = layer(x).float()
+    q, scale = module.by_rows(x, dtype, module.LARGEST[dtype])
+    weight = layer.weight_bits.view(dtype).float() * layer.scale_bits.view(torch.float32)[:, None]
+    expected = nn.functional.linear(q.float() * scale, weight, layer.bias.float())
     assert torch.allclose(layer.cuda()(x.cuda()).float().cpu(), expected, atol=0.02, rtol=0.01)

@@ -97,7 +97,9 @@ class Decoding:
 
     def project(self, i: int, block: BertSelfAttention, x: Tensor) -> Tensor:
         """Layer i's queries, keys and values of x [n, q, D]: [n, q, 3, H, d]."""
-        if self.weights is None:
+        if block.joined is not None:
+            made = block.joined(x).unflatten(-1, (3, -1))
+        elif self.weights is None:
             made = torch.stack([linear(layer, x) for layer in (block.query, block.key, block.value)], -2)
         else:
             made = F.linear(x, *self.weights[i]).unflatten(-1, (3, -1))

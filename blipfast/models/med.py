@@ -77,6 +77,7 @@ class BertSelfAttention(KeepsAttention):
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(source_width, config.hidden_size)
         self.value = nn.Linear(source_width, config.hidden_size)
+        self.joined: nn.Module | None = None  # these three as one, for decoding, if `quantize` made it
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.save_attention = False
 
