@@ -89,11 +89,6 @@ class Int8Linear(nn.Module):
         y = multiply(q, zero, self.packed, self.scale, self.zero)
         return torch.addcmul(self.bias, y, scale, out=y)
 
-    @property
-    def weight(self) -> Tensor:
-        """[F, D] in fp32, after rounding: for what needs more of a layer than its output."""
-        return self.packed.to_dense().t() * self.scale[:, None]
-
     def __getstate__(self) -> dict:  # packed tensors have no storage to copy or to pickle
         return self.__dict__ | {"packed": self.packed.to_dense().t().contiguous()}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blipfast.ops.attention import attention
-from blipfast.ops.linear import linear
+from blipfast.ops.linear import is_plain, linear
 from blipfast.processor import products_win
 
 from .med import BertEncoder, BertSelfAttention
@@ -28,7 +28,10 @@ def image_memory(encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None
     (N, D_v), D, H = image_embeds.shape[1:], encoder.config.hidden_size, encoder.config.num_attention_heads
     as_tokens = rows * (H * N * D_v + D * D_v)
     as_keys = N * D * D_v + rows * N * D
-    if image_embeds.device.type != "cpu" or torch.is_autocast_enabled("cpu") or as_tokens >= as_keys:
+    blocks = [layer.crossattention.self for layer in encoder.layer]
+    plain = is_plain(*(layer for block in blocks for layer in (block.key, block.value)))
+    slow = image_embeds.device.type != "cpu" or torch.is_autocast_enabled("cpu") or as_tokens >= as_keys
+    if slow or not plain:
         return KeysValues(image_states(encoder, image_embeds, mask))
     return Tokens(image_embeds, mask)
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention
 from blipfast.ops.layer_norm import dropout_add_layer_norm
-from blipfast.ops.linear import linear
+from blipfast.ops.linear import is_plain, linear
 from blipfast.ops.mlp import mlp
 
 from .attention import KeepsAttention
@@ -201,9 +201,9 @@ class BertLayer(nn.Module):
         return self.feed_forward(states), key_value, attention, cross
 
     def feed_forward(self, states: Tensor) -> Tensor:
-        """The block's last third. In training GELU's output is not kept for backward, unless `dense` was replaced."""
+        """The block's last third. In training GELU's output is not kept for backward, if both layers are plain."""
         inner, outer = self.intermediate.dense, self.output.dense
-        if not torch.is_grad_enabled() or {type(inner), type(outer)} != {nn.Linear}:
+        if not torch.is_grad_enabled() or not is_plain(inner, outer):
             return self.output(self.intermediate(states), states)
         branch = mlp(states, inner.weight, inner.bias, outer.weight, outer.bias)
         return residual_norm(self.output, branch, states)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import Layout, apart, attention, attention_varlen
-from blipfast.ops.linear import linear
+from blipfast.ops.linear import is_plain, linear
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 from blipfast.ops.seeds import drawn_together
 
@@ -288,12 +288,9 @@ def language_loss(decoder: BertLMHeadModel, part: Part, states: Tensor, reductio
     labels = part.text.ids[part.rows + 1]
     head = decoder.cls.predictions
     hidden = in_blocks(head.transform, states)
-    losses = linear_cross_entropy(
-        hidden,
-        head.decoder.weight,
-        head.decoder.bias,
-        labels,
-        label_smoothing=decoder.config.label_smoothing,
-        reduction=reduction,
-    )
+    how = {"label_smoothing": decoder.config.label_smoothing, "reduction": reduction}
+    if is_plain(head.decoder):
+        losses = linear_cross_entropy(hidden, head.decoder.weight, head.decoder.bias, labels, **how)
+    else:
+        losses = F.cross_entropy(head.decoder(hidden).float(), labels, **how)
     return losses if reduction == "mean" else part.last.lay_out(losses).sum(1)

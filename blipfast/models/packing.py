@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfast.ops.attention import Layout, apart, attention_varlen
+from blipfast.ops.linear import is_plain
 
 BLOCK = 64  # see `in_blocks`
 
@@ -105,8 +106,8 @@ def better_stacked(device: torch.device) -> bool:
 
 def stackable(layers: Sequence[nn.Module]) -> bool:
     """Whether to stack them, here: plain linear layers, on a GPU, whose weights are whole (ZeRO-3 cuts them)."""
-    plain = all(type(layer) is nn.Linear and not hasattr(layer.weight, "ds_id") for layer in layers)
-    return plain and better_stacked(layers[0].weight.device)
+    whole = is_plain(*layers) and not any(hasattr(layer.weight, "ds_id") for layer in layers)
+    return whole and better_stacked(layers[0].weight.device)
 
 
 def stacked(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention, attention_qkv
 from blipfast.ops.layer_norm import add_layer_norm
-from blipfast.ops.linear import linear, product
+from blipfast.ops.linear import is_plain, linear, product
 from blipfast.ops.mlp import mlp
 from blipfast.ops.patch_embed import patch_embed
 
@@ -39,7 +39,8 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.act, nn.GELU) and not (self.drop.p and self.training):
+        usual = isinstance(self.act, nn.GELU) and not (self.drop.p and self.training)
+        if usual and is_plain(self.fc1, self.fc2):
             return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
@@ -63,6 +64,8 @@ class Attention(KeepsAttention):
     def class_row(self, x: Tensor) -> Tensor:
         """The first row of `forward`, [B, 1, D]: keys and values of all tokens, the query of one."""
         B, N, D = x.shape
+        if not is_plain(self.qkv):
+            return self(x)[:, :1]
         weight, bias = self.qkv.weight, self.qkv.bias
         q = product(x[:, :1], weight[:D], None if bias is None else bias[:D])
         key_value = product(x, weight[D:], None if bias is None else bias[D:])

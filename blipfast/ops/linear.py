@@ -28,18 +28,23 @@ _onednn = (
 def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     """layer(x), x [..., D] -> [..., F], and its GELU if asked for: the same to rounding.
 
-    Layers that are not plain `nn.Linear` (int8), or have hooks, are called as they are.
+    Layers that are not plain (see `is_plain`) are called as they are.
     """
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    if type(layer) is nn.Linear and not any(hooks):  # ZeRO-3 brings the weight by a hook
+    if is_plain(layer):
         return product(x, layer.weight, layer.bias, gelu)
     y = layer(x)
     return F.gelu(y) if gelu else y
 
 
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether weight and bias say all that these layers do: no int8, no LoRA, and no hooks, of which ZeRO-3's brings
+    the weight."""
+    return all(type(layer) is nn.Linear and not _has_hooks(layer) for layer in layers)
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
     """x weight^T + bias, x [..., D], weight [F, D], and its GELU if asked for; with gradients as torch has it."""
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and _is_plain(x, weight):
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and _is_ours(x, weight):
         rows = x.shape[:-1].numel()
         if rows in UNEVEN and rows % 4 in (1, 2) and _by_onednn(x, rows, weight):
             even = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 8))
@@ -56,6 +61,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     return F.gelu(y) if gelu else y
 
 
+def _has_hooks(layer: nn.Module) -> bool:
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return any(hooks)
+
+
 def onednn_wins(rows: int, numbers: int) -> bool:
     """Whether oneDNN multiplies so many fp32 rows by a matrix of so many numbers faster than MKL."""
     return cpu_is_amd() or (rows in ONEDNN_WINS and numbers > ONEDNN_SIZE)
@@ -68,7 +78,7 @@ def _by_onednn(x: Tensor, rows: int, weight: Tensor) -> bool:
     return products_win(x.dtype)
 
 
-def _is_plain(x: Tensor, weight: Tensor) -> bool:
+def _is_ours(x: Tensor, weight: Tensor) -> bool:
     """Neither of autocast nor of torch.compile, which choose themselves."""
     return (
         x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backends
+from ..processor import cpu_is_amd
 from .checks import check_dtype, check_same_device, check_shape
 from .launch import autocast_dtype, input_precision, multiprocessors, tuned
 from .library import register
@@ -95,8 +96,14 @@ def _patch_embed(images, weight, bias, cls_token, pos_embed):
 
 
 def _torch(images, weight, bias, cls, pos, out):
-    """One product over all rows; the class token's is a patch of zeros, which is cheaper than to concatenate after."""
+    """One product over all rows; the class token's is a patch of zeros, which is cheaper than to concatenate after.
+
+    On an AMD torch gives fp32 products to MKL, which makes do with AVX2 there, and convolutions to oneDNN.
+    """
     (B, C, height, width), P = images.shape, weight.shape[-1]
+    if images.device.type == "cpu" and weight.dtype == torch.float32 and cpu_is_amd():
+        x = F.conv2d(images.to(weight.dtype), weight, bias.to(weight.dtype), stride=P).flatten(2).transpose(1, 2)
+        return (torch.cat([cls.to(x.dtype).expand(B, 1, -1), x], 1) + pos).to(out)
     grid = (height // P, width // P)
     patches = images.reshape(B, C, grid[0], P, grid[1], P).permute(0, 2, 4, 1, 3, 5)
     rows = weight.new_zeros(B, pos.shape[0], C * P * P)
