@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from blipfast.config import load_config
-from blipfast.data.karpathy import RetrievalView
 from blipfast.data.pairs import PairsDataset
 from blipfast.data.transforms import eval_transform
+from blipfast.data.views import RetrievalView
 from blipfast.metrics import recall
 
 CONFIG = "configs/emoji.yaml"

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from blipfast.config_checks import Report, check, show
+from blipfast.files import whole
 
 
 @dataclass
@@ -29,7 +30,7 @@ class ModelConfig:
     momentum: float = 0.995
     momentum_dropout: bool = True  # official: dropout and drop-path stay active in the momentum encoders
     vit_grad_ckpt: bool = False
-    vit_ckpt_layer: int = 0
+    vit_ckpt_layer: int = 0  # how many of its last layers recompute their activations, under vit_grad_ckpt
     text_grad_ckpt: bool = False
     tokenizer: str = "bert-base-uncased"  # or a tokenizer.json made by `blipfast tokenizer train`
     init_from: str = ""  # a checkpoint to start from (.pth, .safetensors or a run folder)
@@ -57,6 +58,11 @@ class LossConfig:
     duplicates: str = "negative"  # what pairs with equal captions are to each other (official), or "positive"
     negative_all_rank: bool = False  # hard negatives and contrastive keys from every rank
 
+    def alpha_at(self, step: int, steps_per_epoch: int) -> float:
+        """`alpha` at a step: a linear ramp over `alpha_ramp_epochs`, then constant."""
+        ramp = self.alpha_ramp_epochs * steps_per_epoch
+        return self.alpha * min(1.0, step / ramp if ramp else 1.0)
+
 
 @dataclass
 class DataConfig:
@@ -64,17 +70,17 @@ class DataConfig:
 
     train: list[str] = field(default_factory=list)  # .json, .jsonl, a folder, or shards "x-{000..009}.tar"
     format: str = "auto"  # auto, pairs, folder, shards, coco, flickr30k, nocaps, vqa, nlvr, msrvtt
-    image_root: str = ""
+    image_root: str = ""  # what pictures' paths are relative to; empty: the annotation file's own folder
     vg_root: str = ""  # pictures of Visual Genome, for VQA's vg_qa.json
     val: str = ""  # what the best checkpoint is chosen on
     test: str = ""  # Karpathy-style JSON/JSONL or any pairs source, for retrieval and caption evaluation
     answers: str = ""  # VQA: a JSON list of the answers to rank
-    test_image_root: str = ""
+    test_image_root: str = ""  # image_root of val and test, where it is another
     samples_per_epoch: int = 0  # for shards whose size is not known; 0: count them
-    max_words: int = 30
-    max_tokens: int = 30
+    max_words: int = 30  # a caption or question is cut to these, under clean_captions
+    max_tokens: int = 30  # and in pre-training then to these tokens, [CLS] and [SEP] included
     clean_captions: bool = True  # official pre_caption: lower case, punctuation to spaces
-    prompt: str = ""
+    prompt: str = ""  # before each caption in training; a captioner starts from it, too
     workers: int = 2
     cache_images: bool = False  # keep decoded pictures in memory (small sets of small pictures)
     min_scale: float = 0.2
@@ -87,6 +93,10 @@ class DataConfig:
     swap: float = 0.5  # NLVR2: how often the two pictures are exchanged, and the words left and right
     text_hook: str = ""  # "package.module:function", called as function(caption, rng) -> caption
 
+    def root(self, split: str) -> str:
+        """The folder of the pictures of "train", "val" or "test"; empty: that of the annotation file."""
+        return self.image_root if split == "train" else self.test_image_root or self.image_root
+
 
 @dataclass
 class TrainConfig:
@@ -96,7 +106,8 @@ class TrainConfig:
     max_steps: int = 0  # stop after this many optimizer steps; 0: run all epochs
     batch_size: int = 75  # per rank and micro-batch
     accumulation: int = 1
-    optimizer: str = "adamw"  # adamw (torch, fused), deepspeed, apex, muon (small models from random weights)
+    # adamw (ours, with the momentum average), deepspeed, apex, muon (small models from random weights)
+    optimizer: str = "adamw"
     lr: float = 3.0e-4
     muon_lr: float = 0.01  # what muon takes in place of lr for the matrices of layers; same schedule
     min_lr: float = 1.0e-6
@@ -125,21 +136,20 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Retrieval and captioning after (and during) training."""
+    """Evaluation, during and after training: how to search, rank and score, and in which precision."""
 
     batch_size: int = 64
     precision: str = "fp32"  # fp32, bf16, fp16, int8, fp8 (GPU), auto (bf16 where the hardware is fast at it)
-    k_test: int = 128
+    k_test: int = 128  # retrieval: how many found by ITC are reranked by ITM; VQA: answers scored as a whole
     num_beams: int = 3
-    max_length: int = 20
+    max_length: int = 20  # of a caption, in tokens, the prompt's included
     min_length: int = 5
-    prompt: str = ""
+    prompt: str = ""  # what captions start from; empty: data.prompt
     repetition_penalty: float = 1.0
     score: str = "itm+itc"  # retrieval reranking: ITM logit + ITC cosine (official), itm or itc alone
     inference: str = "rank"  # VQA: rank the answer list, or generate
-    official_quirks: bool = (
-        False  # NLVR2: swap pictures at random; VQA: generation reads the question's padding
-    )
+    # evaluate as official BLIP does, faults included: NLVR2 swaps pictures, VQA's generation reads the padding
+    official_quirks: bool = False
     scorer: str = (
         "blipfast"  # of captions: ours (BLEU, ROUGE-L, CIDEr), or pycocoevalcap (Java; METEOR, SPICE too)
     )
@@ -223,11 +233,9 @@ def config_from_dict(
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write every setting as YAML that `load_config` reads back to an equal Config; an old file is replaced whole."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str, str], None]
 
+SCHEDULES = ("step", "cosine", "warmup_cosine")
 _CHOICES = {
     "loss.duplicates": ("negative", "positive"),
     "data.format": (
@@ -30,7 +31,7 @@ _CHOICES = {
     "data.randaugment": ("official", "strong", "none"),
     "data.background": ("white", "black", "random"),
     "train.optimizer": ("adamw", "deepspeed", "apex", "muon"),
-    "train.schedule": ("step", "cosine", "warmup_cosine"),
+    "train.schedule": SCHEDULES,
     "train.precision": ("fp32", "bf16", "auto"),
     "evaluate.precision": ("fp32", "bf16", "fp16", "int8", "fp8", "auto"),
     "evaluate.score": ("itm+itc", "itm", "itc"),

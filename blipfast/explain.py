@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blipfast.data.images import composite
+from blipfast.files import whole
 from blipfast.models.blip_itm import BLIP_ITM
 
 MAX_TOKENS = 35  # as ITM was trained
@@ -188,13 +189,8 @@ def draw(picture: Tensor, text: str, heat: Heat, output: str | Path) -> Path:
                 enlarged(values, (height, width)).numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=top or 1.0
             )
     figure.suptitle(f"{text}  (match {heat.match:.1%})", fontsize=11, parse_math=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.stem}.tmp{output.suffix}")
-    try:
-        figure.savefig(unfinished, dpi=150)
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole(output) as unfinished:
+        figure.savefig(unfinished, dpi=150, format=output.suffix[1:])
     return output
 
 

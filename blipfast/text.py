@@ -16,6 +16,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from blipfast.files import whole
+
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]")
 VOCAB = Path(__file__).parent / "assets" / "vocab.txt"
 MODEL_MAX_LENGTH = 512  # BERT's position embeddings
@@ -160,11 +162,8 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json for `load_tokenizer`; an old file is replaced whole."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        unfinished.replace(path)
+        with whole(path) as unfinished:
+            unfinished.write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
 
 def init_tokenizer() -> Tokenizer:

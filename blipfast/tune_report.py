@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from blipfast.files import whole
+
 INK, SOFT, LINE, BEST = "#1f2430", "#8a8f99", "#2563a8", "#c2410c"
 COLUMNS = 3
 ENOUGH = 10  # complete trials before importances are estimated
@@ -28,9 +30,8 @@ def write_report(study: Any, folder: Path, metric: str) -> None:
     picture = _draw(study, trials, metric)
     for name, content in (("study.png", picture), ("study.html", _page(trials, metric, picture).encode())):
         if content:
-            unfinished = folder / f"{name}.tmp"
-            unfinished.write_bytes(content)
-            unfinished.replace(folder / name)
+            with whole(folder / name) as unfinished:
+                unfinished.write_bytes(content)
 
 
 def importances(study: Any) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import torch
 from PIL import Image
 
 from blipfast import cli, doctor
-from blipfast.commands.tokenizer import read_captions
 from blipfast.config import Config, save_config
+from blipfast.data.readers import read_captions
 from blipfast.text import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,20 @@ def test_help_is_shown_without_loading_torch(args):
     assert done.returncode == 0
     assert "usage: blipfast" in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_the_help_of_every_verb_shows_an_example():
+    def parsers(parser):
+        for action in parser._actions:
+            for below in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+                yield below
+                yield from parsers(below)
+
+    found = {parser.prog: parser.format_help() for parser in parsers(cli.make_parser())}
+    assert len(found) > 13 and "blipfast data easy-vqa" in found
+    for name, text in found.items():
+        assert re.search(rf"\nexamples?:\n(.*\n)*.*{name}", text), name
+        assert not re.search(r" [\w.]+=\[", text), f"{name}: zsh needs quotes around a list"
 
 
 def test_the_module_runs_like_the_command():
@@ -258,6 +273,15 @@ def test_texts_are_scored_against_a_picture(capsys, run_folder, pictures):
     assert code == 0
     assert [line.split("  ")[-1] for line in out.splitlines()] == ["text", *texts]
 
+    code, out, err = blipfast(capsys, "match", *exact, pictures, *texts)
+    found = json.loads(out)
+    assert code == 1 and "broken.png" in err
+    assert [entry["path"] for entry in found] == [str(pictures / name) for name in ("green.png", "red.png")]
+    assert found[1]["scores"] == scores
+    code, out, _ = blipfast(capsys, "match", "--model", run_folder, pictures, *texts)
+    assert out.splitlines()[0] == str(pictures / "green.png") and len(out.splitlines()) == 8
+    assert blipfast(capsys, "match", "--model", run_folder, pictures / "broken.png", *texts)[0] == 2
+
 
 @pytest.mark.parametrize(
     "args, said",
@@ -309,9 +333,10 @@ def test_a_tokenizer_is_trained_from_every_kind_of_caption_file(capsys, tmp_path
     "name, text, said",
     [
         ("x.jsonl", '{"caption": "a"}\n{"image": "b"}\n', ':2: "caption" is missing'),
-        ("x.json", '[{"caption": 3}]', ':0: "caption" is missing or not text'),
-        ("x.json", "[{", "cannot be read as .json captions"),
-        ("x.json", "3", "cannot be read as .json captions"),
+        ("x.json", '[{"caption": 3}]', ':1: "caption" is missing or not text'),
+        ("x.json", "[{", "x.json:1: not valid JSON"),
+        ("x.json", "3", "x.json: expected a JSON list"),
+        ("x.jsonl", '{"caption": ["a", 3]}', 'x.jsonl:1: "caption" is missing or not text'),
         ("x.txt", "", "no caption"),
     ],
 )

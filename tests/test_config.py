@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from blipfast.config import Config, ConfigError, config_from_dict, load_config, save_config, to_dict
+from blipfast.files import whole
 
 
 @pytest.fixture
@@ -62,6 +63,17 @@ def test_saving_and_loading_gives_an_equal_config(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
     assert config_from_dict(to_dict(config)) == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with whole(path) as unfinished:
+        unfinished.write_text("old")
+        assert not path.exists()
+    with pytest.raises(KeyboardInterrupt), whole(path) as unfinished:
+        unfinished.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
 def test_overrides_reach_every_kind_of_setting(write):

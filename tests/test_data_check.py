@@ -9,7 +9,9 @@ from PIL import Image
 
 from blipfast.cli import main
 from blipfast.config import config_from_dict
+from blipfast.data import readers
 from blipfast.data.check import check_data
+from blipfast.data.pairs import PairsDataset
 from blipfast.data.shards import write_shards
 
 
@@ -162,6 +164,44 @@ def test_official_folders_clips_folders_and_shards_are_read(folder):
     reports = check(train=[first], test=listed, format="shards")
     assert [report.format for report in reports.values()] == ["shards", "pairs"]
     assert not reports["data.test"].bad
+
+
+def test_linked_folders_are_checked_as_training_reads_them(folder, tmp_path_factory):
+    photos = tmp_path_factory.mktemp("photos")
+    (photos / "linked").symlink_to(folder)
+    (photos / "again").symlink_to(photos)
+    for i in range(3):
+        (folder / f"{i}.txt").write_text("" if i == 2 else "a caption")
+    report = check(train=[str(photos)])["data.train"]
+    assert report.counts == {"entries": 4, "texts": 2, "without caption file": 1, "pictures": 3}
+    assert len(report.problems) == 1 and f"{photos}/linked/2.txt: the caption is empty" in report.problems[0]
+
+
+def test_a_format_that_only_a_reader_knows_is_checked_by_it(folder, monkeypatch):
+    def read_csv(path, root):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            image, comma, caption = line.partition(",")
+            if not comma:
+                raise ValueError(f"{path}:{number}: there is no comma")
+            yield readers.Record(str(root / image), [caption], None)
+
+    monkeypatch.setitem(readers.READERS, "csv", read_csv)
+    config = config_from_dict({"data": {"train": [write(folder / "a.csv", "0.png,a\n9.png,b\n1.png")]}})
+    config.data.format = "csv"
+    (report,) = check_data(config)
+    assert report.counts == {"entries": 2, "texts": 2, "missing": 1, "pictures": 2}
+    assert "a.csv: entry 2: " in report.problems[0] and "a.csv:3: there is no comma" in report.problems[1]
+    pairs = PairsDataset(write(folder / "b.csv", "0.png,a\n1.png,b"), format="csv")
+    assert [pairs.caption(i) for i in range(len(pairs))] == ["a", "b"]
+
+
+def test_an_unknown_format_is_one_problem(folder):
+    config = config_from_dict({"data": {"train": [write(folder / "a.csv", "0.png,a")]}})
+    config.data.format = "csv"
+    (report,) = check_data(config)
+    assert report.problems == [
+        "data.format: 'csv' is not one of auto, shards, pairs, folder, coco, flickr30k."
+    ]
 
 
 def test_what_cannot_be_read_at_all_is_one_problem_and_the_other_sources_go_on(folder):

@@ -137,6 +137,18 @@ def test_each_mode_writes_what_it_is_about(run, pictures, tmp_path, capsys):
         close(feats["multimodal_embeds"], expected)
 
 
+def test_a_folder_stands_for_the_pictures_below_it(run, pictures, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (20, 30)).save(tmp_path / "more" / "black.png")
+    (tmp_path / "texts.txt").write_text("\n".join([*TEXTS, "black"]))
+    common = ["--model", run, "--output", tmp_path / "f.npz", "--mode", "multimodal"]
+    assert blipfast(capsys, *common, "--texts", tmp_path / "texts.txt", tmp_path)[0] == 0
+    with np.load(tmp_path / "f.npz") as feats:
+        assert feats["paths"].tolist() == [*sorted(pictures), str(tmp_path / "more" / "black.png")]
+    code, _, err = blipfast(capsys, "--model", run, "--output", tmp_path / "f.npz", run)
+    assert code == 2 and "there are no pictures in this folder" in err
+
+
 def test_a_broken_picture_is_named_and_left_out_with_its_text(run, pictures, tmp_path, capsys):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")

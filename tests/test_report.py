@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from blipfast.tasks.curves import plot_curves, read_curves
-from blipfast.tasks.report import Caption, Gallery, Hit, ImageQuery, TextQuery, sample, write_gallery
+from blipfast.tasks.gallery import Caption, Gallery, Hit, ImageQuery, TextQuery, sample, write_gallery
 
 EVIL = "<script>alert('x')</script> & \"dog\" $title"
 RED = torch.zeros(3, 8, 8, dtype=torch.uint8)
@@ -134,7 +134,7 @@ def test_a_run_goes_on_without_records_matplotlib_or_disk(tmp_path, monkeypatch,
     assert plot_curves(tmp_path / "missing.jsonl", tmp_path / "c.png") is None
     log = write_log(tmp_path / "log.jsonl", [{"step": 1, "loss": 3.0}])
     if pytest.importorskip("matplotlib"):
-        assert plot_curves(log, tmp_path / "no" / "folder" / "c.png") is None
+        assert plot_curves(log, tmp_path / "log.jsonl" / "c.png") is None
         assert "cannot be written" in capsys.readouterr().out
 
     imported = builtins.__import__

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from blipfast.caption_metrics import caption_metrics
-from blipfast.config import load_config
+from blipfast.config import load_config, save_config
 from blipfast.models.blip import blip_decoder
 from blipfast.tasks.caption import CaptionTask, open_view
 from blipfast.tasks.finetune import evaluate_checkpoint
@@ -99,6 +99,25 @@ def test_the_run_folder_is_a_captioner_for_the_official_factory(run, sets):
     assert official.generate(picture, max_length=12, min_length=5) == model.generate(
         picture, max_length=12, min_length=5
     )
+
+
+def test_the_config_for_own_captions_trains_on_a_list_and_on_a_folder(tmp_path):
+    for number, (colour, shape) in enumerate(caption_sets.THINGS):
+        caption_sets.draw(tmp_path / "photos" / f"{number}.png", colour, shape)
+        (tmp_path / "photos" / f"{number}.txt").write_text(caption_sets.caption(colour, shape))
+    pairs = [{"image": f"photos/{i}.png", "caption": "A thing."} for i in range(4)]
+    caption_sets.write(tmp_path / "val.json", pairs)
+    small = load_config(caption_sets.config(caption_sets.coco(tmp_path / "coco"), tmp_path)).model
+    for source in (tmp_path / "photos", tmp_path / "val.json"):
+        config = load_config(
+            TESTS.parent / "configs" / "caption_own.yaml",
+            [f"data.train=[{source}]", f"data.val={tmp_path / 'val.json'}", "data.workers=0"],
+        )
+        config.model, config.output = small, str(tmp_path / "run" / source.name)
+        config.train.epochs, config.train.batch_size, config.evaluate.max_length = 2, 2, 12
+        save_config(config, tmp_path / "own.yaml")
+        assert main(["--config", str(tmp_path / "own.yaml"), "--traceback"]) == 0
+        assert len(read(tmp_path / "run" / source.name / "best.json")["history"]) == 2
 
 
 def test_the_prompt_carries_no_loss(sets, tmp_path):

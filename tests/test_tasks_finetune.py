@@ -215,7 +215,8 @@ def test_starting_weights_may_lack_only_what_is_named(tmp_path):
     with pytest.raises(ValueError, match="head"):
         load_starting_weights(Model(), config)
     model = Model()
-    load_starting_weights(model, config, fresh=("head",))
+    model.starts_random = ("head",)
+    load_starting_weights(model, config)
     assert model.steps == 7
     config.model.allow_random = ["head"]
     load_starting_weights(Model(), config)

@@ -107,7 +107,6 @@ def test_questions_come_with_their_distinct_answers_and_shares(folder):
     )
     assert questions.annotation(1) == {"question": "is it red?", "answers": ["yes"], "weights": [1.0]}
     assert questions.annotation(10) == {"question": "what color?", "answers": ["red"], "weights": [0.2]}
-    assert questions.picture_path(5) == str(folder / "genome" / "0.jpg")
     # Visual Genome's have no id: their place
     assert [questions.question_id(i) for i in (0, 3, 11)] == [0, 11, 11]
     assert VQADataset(str(folder / "vqa_test.json"), split="test").answers(0) == []

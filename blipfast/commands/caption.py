@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .common import add_model, add_verb, choose_device, in_words, positive, prepare
+from blipfast.files import whole
+
+from .common import add_model, add_verb, choose_device, in_words, pictures, positive, prepare
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +70,7 @@ def caption(args: argparse.Namespace) -> int:
 
     settings = settings_of(args.model).evaluate
     how = choices(args, settings)
-    paths = pictures(args)
+    paths = uncaptioned(args) if args.txt else pictures(args.pictures)
     prompt = args.prompt if args.prompt is not None else settings.prompt or None
     model = prepare(load_captioner(args.model, prompt=prompt), args)
     torch.manual_seed(args.seed)
@@ -99,18 +101,11 @@ def choices(args: argparse.Namespace, settings: EvaluateConfig) -> dict[str, Any
     } | (drawn if args.sample else searched)
 
 
-def pictures(args: argparse.Namespace) -> list[str]:
-    """Every picture to caption, those of folders in the order of their names. ValueError for a folder without any."""
-    from blipfast.data.readers import pictures_below, sidecar_of
+def uncaptioned(args: argparse.Namespace) -> list[str]:
+    """The pictures without a text file, or with --overwrite all. ValueError if two would share one."""
+    from blipfast.data.readers import sidecar_of
 
-    found: list[str] = []
-    for path in args.pictures:
-        inside = [picture for picture, _ in pictures_below(path)] if Path(path).is_dir() else [path]
-        if not inside:
-            raise ValueError(f"{path}: there are no pictures in this folder.")
-        found += inside
-    if not args.txt:
-        return found
+    found = pictures(args.pictures)
     texts = {path: Path(path).with_suffix(".txt") for path in found}
     if len(set(texts.values())) < len(texts):
         first = {text: path for path, text in reversed(texts.items())}
@@ -207,10 +202,8 @@ def as_txt(found: Iterator[Captioned]) -> int:
             if one.caption is None:
                 failures += 1
                 continue
-            path = Path(one.path)
-            unfinished = path.with_name(f"{path.stem}.txt.tmp")
-            unfinished.write_text(one.caption + "\n", encoding="utf-8")
-            unfinished.replace(path.with_suffix(".txt"))
+            with whole(Path(one.path).with_suffix(".txt")) as unfinished:
+                unfinished.write_text(one.caption + "\n", encoding="utf-8")
             written += 1
     finally:
         what = (

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blipfast.config import DataConfig
 
 
 def add_verb(
@@ -66,6 +70,26 @@ def prepare(model: Any, args: argparse.Namespace) -> Any:
     from blipfast.quantize import prepare
 
     return prepare(model, args.precision, choose_device(args.device))
+
+
+def pictures(paths: list[str]) -> list[str]:
+    """The pictures named, and for a folder all below it in the order of their paths. ValueError for one without any."""
+    from blipfast.data.readers import pictures_below
+
+    found: list[str] = []
+    for path in paths:
+        inside = [picture for picture, _ in pictures_below(path)] if Path(path).is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{path}: there are no pictures in this folder.")
+        found += inside
+    return found
+
+
+def cleaned(texts: list[str], data: DataConfig) -> list[str]:
+    """Texts as the model was trained on: by `pre_caption`, if its run says so."""
+    from blipfast.text import pre_caption
+
+    return [pre_caption(text, data.max_words) for text in texts] if data.clean_captions else texts
 
 
 def in_words(error: Exception) -> str:

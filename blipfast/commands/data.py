@@ -12,14 +12,25 @@ from .common import add_verb, positive
 if TYPE_CHECKING:
     from blipfast.data.check import SourceReport
 
+EXAMPLES = """examples:
+  blipfast data emoji data/emoji
+  blipfast data check --config configs/retrieval_coco.yaml
+"""
 CHECK_EXAMPLES = """examples:
   blipfast data check --config configs/retrieval_coco.yaml
-  blipfast data check --config my.yaml --set data.train=[pairs.jsonl] --decode
+  blipfast data check --config my.yaml --set 'data.train=[pairs.jsonl]' --decode
+"""
+EMOJI_EXAMPLES = """examples:
+  blipfast data emoji data/emoji
+  blipfast data emoji data/emoji_noto --unseen noto --groups all
+"""
+EASY_VQA_EXAMPLES = """example:
+  pip install 'blipfast[easy-vqa]' && blipfast data easy-vqa data/easy_vqa
 """
 
 
 def add(verbs: Any) -> None:
-    data = add_verb(verbs, "data", None, "get a data set, or check your own")
+    data = add_verb(verbs, "data", None, "get a data set, or check your own", EXAMPLES)
     data_verbs = data.add_subparsers(title="verbs", metavar="VERB")
     check = add_verb(
         data_verbs,
@@ -35,7 +46,7 @@ def add(verbs: Any) -> None:
         "--show", type=positive, default=10, help="problems shown of each source (default: 10)"
     )
     check.add_argument("--json", action="store_true", help="print everything as JSON")
-    emoji = add_verb(data_verbs, "emoji", data_emoji, "the demo's emoji pictures")
+    emoji = add_verb(data_verbs, "emoji", data_emoji, "the demo's emoji pictures", EMOJI_EXAMPLES)
     emoji.add_argument("folder", metavar="DIR", help="where to put them")
     emoji.add_argument(
         "--unseen", default="fluent", metavar="VENDOR", help="the vendor to test on (%(default)s)"
@@ -43,7 +54,13 @@ def add(verbs: Any) -> None:
     emoji.add_argument(
         "--groups", choices=["concrete", "all"], default="concrete", help="names to train on (%(default)s)"
     )
-    easy = add_verb(data_verbs, "easy-vqa", data_easy_vqa, "easy-VQA, and statements about its pictures")
+    easy = add_verb(
+        data_verbs,
+        "easy-vqa",
+        data_easy_vqa,
+        "easy-VQA, and statements about its pictures",
+        EASY_VQA_EXAMPLES,
+    )
     easy.add_argument("folder", metavar="DIR", help="where to put it")
     easy.add_argument(
         "--wheel", metavar="FILE", help="easy_vqa-1.0-py3-none-any.whl (default: the installed package)"

@@ -7,9 +7,13 @@ from typing import Any
 
 from .common import add_verb
 
+EXAMPLES = """example:
+  blipfast doctor
+"""
+
 
 def add(verbs: Any) -> None:
-    add_verb(verbs, "doctor", doctor, "show what this machine and installation can do")
+    add_verb(verbs, "doctor", doctor, "show what this machine and installation can do", EXAMPLES)
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_model, add_verb, choose_device
+from .common import add_model, add_verb, choose_device, cleaned
 
 EXAMPLES = """examples:
   blipfast explain --model runs/emoji dog.png "dog face" --out heat.png
@@ -38,13 +38,11 @@ def explain(args: argparse.Namespace) -> int:
     from blipfast.data.transforms import eval_transform
     from blipfast.explain import draw, figure_path, grad_cam, image_grad_cam
     from blipfast.models.run import load_matcher, settings_of
-    from blipfast.text import pre_caption
 
     if args.layer is not None and args.image_block is not None:
         raise ValueError("--layer and --image-block: give one of them.")
     figure_path(args.out)
-    data = settings_of(args.model).data
-    text = pre_caption(args.text, data.max_words) if data.clean_captions else args.text
+    (text,) = cleaned([args.text], settings_of(args.model).data)
     pixels = load_image(args.picture)
     model = load_matcher(args.model).to(choose_device(args.device))
     side = model.visual_encoder.image_size

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import add_model, add_verb, choose_device, in_words, positive
-from .tokenizer import read_captions
+from blipfast.files import whole
+
+from .common import add_model, add_verb, choose_device, cleaned, in_words, pictures, positive
 
 EXAMPLES = """examples:
-  blipfast features --model runs/emoji --output feats.npz photos/*.jpg
+  blipfast features --model runs/emoji --output feats.npz photos/
   blipfast features --model model_base.pth --output feats.npz --texts queries.txt photos/*.jpg
   blipfast features --model model_base.pth --output pairs.npz --mode multimodal --texts captions.txt a.jpg b.jpg
 
@@ -26,7 +27,7 @@ tokens; those of texts one behind the other, *_lengths of them each.
 def add(verbs: Any) -> None:
     parser = add_verb(verbs, "features", features, "write features of pictures and texts", EXAMPLES)
     add_model(parser, precision="fp32")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="a picture, or a folder: all below it")
     parser.add_argument("--output", required=True, metavar="FILE.npz", help="where to write")
     parser.add_argument("--texts", metavar="FILE", help='.txt, one a line; .json or .jsonl with "caption"')
     parser.add_argument(
@@ -43,28 +44,25 @@ def features(args: argparse.Namespace) -> int:
     """Write the features; a picture that cannot be read is reported and left out, with its text if it has one."""
     from blipfast.models.run import settings_of
     from blipfast.tasks.features import FeatureExtractor
-    from blipfast.text import pre_caption
 
+    args.pictures = pictures(args.pictures)
     texts = _texts(args)
     data = settings_of(args.model).data
     model = FeatureExtractor(args.model, choose_device(args.device), args.precision)
-
-    def clean(part: list[str]) -> list[str]:
-        return [pre_caption(text, data.max_words) for text in part] if data.clean_captions else part
 
     found: dict[str, list[Any]] = {}  # name -> batches
     unread: list[str] = []
     if args.mode != "text":
         for paths, beside, images in _pictures(args, texts, model.image_size, unread):
             if args.mode == "multimodal":
-                rows = {"texts": beside} | model.multimodal(images, clean(beside), args.tokens)
+                rows = {"texts": beside} | model.multimodal(images, cleaned(beside, data), args.tokens)
             else:
                 rows = model.image(images, args.tokens)
             _keep(found, {"paths": paths} | rows)
     if texts and args.mode in (None, "text"):
         for start in range(0, len(texts), args.batch_size):
             part = texts[start : start + args.batch_size]
-            _keep(found, {"texts": part} | model.text(clean(part), args.tokens))
+            _keep(found, {"texts": part} | model.text(cleaned(part, data), args.tokens))
     if not found:
         raise ValueError("None of the pictures can be read, so there is nothing to write.")
     _write(Path(args.output), {name: _joined(batches, args.dtype) for name, batches in found.items()})
@@ -73,22 +71,24 @@ def features(args: argparse.Namespace) -> int:
 
 def _texts(args: argparse.Namespace) -> list[str]:
     """The texts of --texts, after checking that what the mode needs is there."""
+    from blipfast.data.readers import read_captions
+
     if args.texts and not Path(args.texts).is_file():
         raise FileNotFoundError(f"{args.texts}: there is no such file of texts.")
     texts = list(read_captions(Path(args.texts))) if args.texts else []
-    mode, pictures = args.mode, len(args.pictures)
+    mode, count = args.mode, len(args.pictures)
     if args.texts and not texts:
         raise ValueError(f"{args.texts}: there are no texts in it.")
-    if not pictures and (mode in ("image", "multimodal") or not texts):
+    if not count and (mode in ("image", "multimodal") or not texts):
         raise ValueError("Name at least one picture" + (", or texts: --texts FILE." if mode is None else "."))
     if not texts and mode in ("text", "multimodal"):
         raise ValueError(f"Mode {mode} needs texts: --texts FILE.")
-    if mode == "multimodal" and len(texts) not in (1, pictures):
+    if mode == "multimodal" and len(texts) not in (1, count):
         raise ValueError(
-            f"{args.texts}: {len(texts)} texts for {pictures} pictures; mode multimodal needs one for each picture, "
+            f"{args.texts}: {len(texts)} texts for {count} pictures; mode multimodal needs one for each picture, "
             "or one for all."
         )
-    return texts * pictures if mode == "multimodal" and len(texts) == 1 else texts
+    return texts * count if mode == "multimodal" and len(texts) == 1 else texts
 
 
 def _pictures(
@@ -137,13 +137,8 @@ def _write(output: Path, arrays: dict[str, Any]) -> None:
     """Write the file, whole or not at all, and say what is in it."""
     import numpy as np
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.tmp")
-    try:
-        with open(unfinished, "wb") as file:  # given a name, numpy would add .npz to it
-            np.savez(file, **arrays)
-        unfinished.replace(output)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    # an open file: to a name numpy would add .npz
+    with whole(output) as unfinished, open(unfinished, "wb") as file:
+        np.savez(file, **arrays)
     shapes = "  ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     print(f"wrote {output}: {shapes}")

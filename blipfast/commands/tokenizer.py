@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ then, in a config:
 
 
 def add(verbs: Any) -> None:
-    tokenizer = add_verb(verbs, "tokenizer", None, "train a tokenizer on your captions")
+    tokenizer = add_verb(verbs, "tokenizer", None, "train a tokenizer on your captions", EXAMPLES)
     tokenizer_verbs = tokenizer.add_subparsers(title="verbs", metavar="VERB")
     train = add_verb(tokenizer_verbs, "train", tokenizer_train, "byte-pair encoding, any language", EXAMPLES)
     train.add_argument(
@@ -40,6 +38,7 @@ def tokenizer_train(args: argparse.Namespace) -> int:
     """Train a byte-pair tokenizer on caption files."""
     from tqdm import tqdm
 
+    from blipfast.data.readers import read_captions
     from blipfast.text import train_tokenizer
 
     for path in args.captions:
@@ -51,33 +50,3 @@ def tokenizer_train(args: argparse.Namespace) -> int:
     tokenizer.save(args.output)
     print(f"wrote {args.output}: {len(tokenizer)} tokens")
     return 0
-
-
-def read_captions(path: Path) -> Iterator[str]:
-    """Captions of a .txt file (one a line), a .jsonl file or a .json list of {"caption": text or list of texts}.
-
-    Raises ValueError naming file and line (or entry) for anything else.
-    """
-    wanted = 'Each entry needs {"caption": text}.'
-    with path.open(encoding="utf-8-sig") as lines:
-        try:
-            if path.suffix == ".json":
-                entries = enumerate(json.load(lines))
-            elif path.suffix == ".jsonl":
-                entries = ((number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip())
-            else:
-                entries = (
-                    (number, {"caption": line.strip()})
-                    for number, line in enumerate(lines, 1)
-                    if line.strip()
-                )
-            for number, entry in entries:
-                found = entry.get("caption") if isinstance(entry, dict) else None
-                texts = [found] if isinstance(found, str) else found
-                if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                    raise ValueError(f'{path}:{number}: "caption" is missing or not text. {wanted}')
-                yield from texts
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{path}: cannot be read as {path.suffix} captions ({error}). {wanted}"
-            ) from None

@@ -55,21 +55,19 @@ def check_data(config: Config, decode: bool = False) -> list[SourceReport]:
     Raises ValueError if the config names no data at all; whatever is wrong with the data is in the reports.
     """
     data, reports = config.data, []
-    test_root = data.test_image_root or data.image_root
-    sources = [("data.train", source, data.image_root, "train") for source in data.train]
-    sources += [("data.val", data.val, test_root, "val")] if data.val else []
-    sources += [("data.test", data.test, test_root, "test")] if data.test else []
+    sources = [("train", source) for source in data.train]
+    sources += [(split, getattr(data, split)) for split in ("val", "test") if getattr(data, split)]
     if not sources:
         raise ValueError("The config names no data: data.train, data.val and data.test are all empty.")
     answers = None
     if data.answers:
         reports.append(SourceReport("data.answers", data.answers, "answers"))
         answers = _check_answers(reports[-1])
-    for setting, source, root, split in sources:
-        report = SourceReport(setting, source, format_of(config, source, split))
+    for split, source in sources:
+        report = SourceReport(f"data.{split}", source, format_of(config, source, split))
         reports.append(report)
         try:
-            _check_source(report, root, data.vg_root, split, answers)
+            _check_source(report, data.root(split), data.vg_root, split, answers)
             if decode:
                 _decode(report)
         except (ValueError, OSError) as error:  # the rest of this source cannot be read
@@ -85,7 +83,7 @@ def format_of(config: Config, source: str, split: str) -> str:
     A set to evaluate on is in the training set's format if that is a benchmark's.
     """
     format = config.data.format
-    if format in schemas.EXPECTED and format != "pairs" or split == "train" and format != "auto":
+    if format in schemas.FORMATS and format != "pairs" or split == "train" and format != "auto":
         return format
     if config.task in ("vqa", "nlvr"):
         return config.task
@@ -107,13 +105,15 @@ def _check_source(
             raise FileNotFoundError(f"{folder}: there is no such folder. Check data.{setting}.")
     if report.format == "folder":
         return _check_folder(report, path)
+    if report.format not in schemas.FORMATS:
+        return _check_records(report, readers.read_source(report.source, root, report.format, split))
     if path.is_dir():
         raise ValueError(f'{path}: a folder, but data.format "{report.format}" needs a .json or .jsonl file.')
     roots = {
         kind: Path(folder).expanduser() if folder else path.parent
         for kind, folder in (("", root), ("vg", vg_root))
     }
-    report.expected = schemas.EXPECTED[report.format]
+    report.expected = schemas.FORMATS[report.format].expected
     if report.format == "nocaps" and readers.first_character(path) == "{":
         view = NoCapsView(str(path), root, split)  # the benchmark's own file, which is one object
         report.counts = {"entries": len(view), "pictures": len(view)}
@@ -173,25 +173,27 @@ def _note_picture(report: SourceReport, path: str, where: str) -> None:
 
 def _check_folder(report: SourceReport, folder: Path) -> None:
     """Pictures of a folder, and the caption file beside each."""
-    for directory, subfolders, names in os.walk(folder):
-        subfolders.sort()
-        for name in sorted(names):
-            stem, extension = os.path.splitext(name)
-            if extension.lower() not in readers.PICTURES:
-                continue
-            report.count("entries")
-            sidecar = next((stem + s for s in readers.SIDECARS if stem + s in names), None)
-            if sidecar is None:
-                report.count("without caption file")
-                continue
-            report.pictures[os.path.join(directory, name)] = os.path.join(directory, name)
-            try:
-                readers.sidecar_text(Path(directory, sidecar))
-                report.count("texts")
-            except ValueError as error:
-                report.complain(str(error))
+    for picture, sidecar in readers.pictures_below(folder):
+        report.count("entries")
+        if sidecar is None:
+            report.count("without caption file")
+            continue
+        report.pictures[picture] = picture
+        try:
+            readers.sidecar_text(Path(sidecar))
+            report.count("texts")
+        except ValueError as error:
+            report.complain(str(error))
     if not report.counts.get("texts"):
         report.complain(f"{folder}: no picture in it has a caption file (.txt or .caption) beside it.")
+
+
+def _check_records(report: SourceReport, records: Iterator[readers.Record]) -> None:
+    """What a reader gives that has no schema; it ends at the first mistake."""
+    for number, record in enumerate(records, 1):
+        report.count("entries")
+        report.count("texts", len(record.captions))
+        _note_picture(report, record.image, f"{report.source}: entry {number}")
 
 
 def _check_shards(report: SourceReport) -> None:

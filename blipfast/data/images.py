@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+GREY = torch.full((3, 64, 64), 128, dtype=torch.uint8)  # for a picture that cannot be read
 MAX_PIXELS = 178_956_970  # where Pillow, too, stops believing in a picture and suspects a decompression bomb
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -24,6 +27,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+logger = logging.getLogger(__name__)
 
 
 def load_image(source: str | os.PathLike | bytes, name: str = "") -> Tensor:
@@ -46,6 +51,18 @@ def load_image(source: str | os.PathLike | bytes, name: str = "") -> Tensor:
         raise ValueError(f"{name}: the file is empty; expected a picture.")
     pixels = _decode_jpeg(data)
     return _decode(data, name) if pixels is None else pixels
+
+
+def load_or_grey(load: Callable[[int], Tensor], number: int) -> Tensor:
+    """`load(number)`; for a picture that cannot be read a grey square, and its name in the log.
+
+    So an evaluation goes on, and the picture counts as a miss.
+    """
+    try:
+        return load(number)
+    except ValueError as error:
+        logger.warning("A grey square stands for a picture that cannot be read: %s", error)
+        return GREY
 
 
 def from_pillow(image: Image.Image) -> Tensor:

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from blipfast.config import DataConfig, TrainConfig
 from blipfast.data.batches import BROKEN, AugmentText, BatchMaker, MicroBatchLoader
 from blipfast.data.pairs import PairsDataset
-from blipfast.data.readers import FORMATS
 from blipfast.data.sampling import mix, permutation
 from blipfast.data.shards import ShardLoader, is_shards
 
@@ -46,8 +45,6 @@ def build_train_loader(
     )
     if dataset is not None:
         return TrainLoader(dataset, transform, train.batch_size, cache_images=data.cache_images, **order)
-    if data.format not in FORMATS:
-        raise ValueError(f"data.format: {data.format!r} is not one of {', '.join(FORMATS)}.")
     if not data.train:
         raise ValueError("data.train is empty: name at least one .json, .jsonl, folder or set of shards.")
     text = dict(clean_captions=data.clean_captions, max_words=data.max_words, prompt=data.prompt)

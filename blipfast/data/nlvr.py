@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from blipfast.data import schemas
 from blipfast.data.pairs import PackedStrings
 from blipfast.data.pictures import Pictures, PicturesDataset, root_setting
-from blipfast.data.readers import read_entries
+from blipfast.data.readers import checked_entries
+from blipfast.data.schemas import FORMATS
 from blipfast.text import pre_caption
 
 HIDDEN = -1  # a label that is not known
-_EXPECTED = schemas.EXPECTED["nlvr"]
 _OTHER_SIDE = {"left": "right", "right": "left"}
 
 
@@ -54,17 +53,14 @@ class NLVRDataset(PicturesDataset):
         for source in sources:
             start, path = len(self), Path(source).expanduser()
             root = os.path.expanduser(image_root) or str(path.parent)
-            for line, value in read_entries(path, _EXPECTED):
-                entry = schemas.read_entry("nlvr", value, split)
-                if entry.problems:
-                    raise ValueError(f"{path}:{line}: {entry.problems[0]}. {_EXPECTED}.")
+            for value, entry in checked_entries(path, "nlvr", split):
                 picture_of.extend(self._pictures.add(os.path.join(root, name)) for name in entry.pictures)
                 self._sentences.append(entry.texts[0])
                 self._identifiers.append(str(value.get("identifier", len(labels))))
                 label = value.get("label")  # hidden in NLVR2's second test set
                 labels.append(HIDDEN if label is None else str(label).lower() == "true")
             if start == len(self):
-                raise ValueError(f"{path}: there are no statements in it. {_EXPECTED}.")
+                raise ValueError(f"{path}: there are no statements in it. {FORMATS['nlvr'].expected}.")
             numbers = np.array(picture_of[2 * start :])
             self._pictures.check(str(path), numbers, root_setting("image_root", image_root))
         self._pictures.complete()
@@ -95,10 +91,6 @@ class NLVRDataset(PicturesDataset):
     def identifier(self, i: int) -> str:
         """NLVR2's identifier of statement `i`, else its place."""
         return self._identifiers[i]
-
-    def texts(self) -> Iterator[str]:
-        """All statements: what a tokenizer is trained on."""
-        return map(self.sentence, range(len(self)))
 
     def vary(self, sample: dict[str, Any], rng: Random) -> dict[str, Any]:
         """The training sample with its pictures exchanged, with probability `swap`."""

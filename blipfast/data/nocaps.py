@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from blipfast.data.images import load_or_grey
 from blipfast.data.pictures import Pictures, root_setting
-from blipfast.data.readers import first_character, read_entries
-from blipfast.data.schemas import EXPECTED, official_file, read_entry
-
-logger = logging.getLogger(__name__)
+from blipfast.data.readers import checked_entries, first_character
+from blipfast.data.schemas import FORMATS, official_file
 
 
 class NoCapsView:
@@ -54,17 +51,10 @@ class NoCapsView:
 
     def picture(self, i: int) -> Tensor:
         """Picture `i`; one that cannot be read is named in the log and stands as a grey square."""
-        try:
-            return self._pictures.load(i)
-        except ValueError as error:
-            logger.warning("A grey square stands for a picture that cannot be read: %s", error)
-            return torch.full((3, 64, 64), 128, dtype=torch.uint8)
+        return load_or_grey(self._pictures.load, i)
 
     def _read_list(self, path: Path, root: Path) -> None:
-        for line, value in read_entries(path, EXPECTED["nocaps"]):
-            entry = read_entry("nocaps", value, "test")
-            if entry.problems:
-                raise ValueError(f"{path}:{line}: {entry.problems[0]}. {EXPECTED['nocaps']}.")
+        for value, entry in checked_entries(path, "nocaps"):
             self._pictures.add(str(root / entry.pictures[0]))
             self.image_ids.append(int(value["img_id"]))
 
@@ -80,7 +70,7 @@ class NoCapsView:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f'{path}: {type(error).__name__} {error}. Expected {{"images": [{{"id", "file_name"}}], "annotations": '
-                f'[{{"image_id", "caption"}}]}}, or a list: {EXPECTED["nocaps"]}.'
+                f'[{{"image_id", "caption"}}]}}, or a list: {FORMATS["nocaps"].expected}.'
             ) from None
         if self.references and (bare := set(self.image_ids) - self.references.keys()):
             raise ValueError(f'{path}: the picture number {min(bare)} has no caption in "annotations".')

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -101,10 +100,6 @@ class PairsDataset(Dataset):
         caption = self._captions[i]
         caption = pre_caption(caption, self.max_words) if self.clean_captions else caption
         return with_prompt(self.prompt, caption)
-
-    def captions(self) -> Iterator[str]:
-        """All captions, cleaned, with the prompt: what a tokenizer is trained on."""
-        return map(self.caption, range(len(self)))
 
     def path(self, i: int) -> str:
         """Path of the picture of pair `i`."""

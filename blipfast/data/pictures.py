@@ -69,10 +69,6 @@ class PicturesDataset(Dataset):
         """Number of distinct pictures."""
         return len(self._pictures)
 
-    def picture_path(self, picture: int) -> str:
-        """Path of distinct picture 0 <= picture < `pictures`."""
-        return self._pictures.path(picture)
-
     def load_picture(self, picture: int) -> Tensor:
         """Decode distinct picture 0 <= picture < `pictures`; ValueError if that fails."""
         return self._pictures.load(picture)

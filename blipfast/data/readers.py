@@ -1,6 +1,7 @@
 """Reading annotation files: official JSON lists, JSONL, and folders of pictures with a text file beside each.
 
-Every reader is a generator of `Record`s and checks each line as it passes, so a bad one is found on opening.
+Every reader is a generator of `Record`s and checks each line as it passes, so a bad one is found on opening; `READERS`
+names them. What an entry of a JSON file needs stands in `schemas`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blipfast.data import schemas
+
 PICTURES = frozenset(".jpg .jpeg .jpe .png .webp .gif .bmp .tif .tiff .avif .ppm".split())
 SIDECARS = (".txt", ".caption")
-KARPATHY_FILES = {"coco": "coco_karpathy", "flickr30k": "flickr30k"}
-FORMATS = ("auto", "pairs", "folder", "shards", *KARPATHY_FILES)
-_EXPECTED = 'Each entry needs {"image": path, "caption": text}'
+_EXPECTED = schemas.FORMATS["pairs"].expected
 _CHUNK = 1 << 20  # characters
 _LONGEST_ENTRY = 1 << 24
 _SEPARATORS = re.compile(r"[\s,]*")
@@ -36,32 +37,44 @@ class Record(NamedTuple):
 def read_source(
     source: str, image_root: str = "", format: str = "auto", split: str = "train"
 ) -> Iterator[Record]:
-    """Read one source, told by `format` or, for "auto", by what is there: a folder, a JSON list, JSON lines.
+    """Read one source by the reader of its `format` in `READERS`; "auto" tells a folder from an annotation file.
 
     Paths of pictures are relative to `image_root`, or else to the folder of the annotation file. For "coco" and
     "flickr30k" the source may be the folder that holds the Karpathy files; `split` then says which.
     Raises FileNotFoundError, or ValueError naming the file and line.
     """
-    path = Path(source).expanduser()
-    if format in KARPATHY_FILES and path.is_dir():
-        path = path / f"{KARPATHY_FILES[format]}_{split}.json"
+    if format != "auto" and format not in READERS:
+        raise ValueError(f"data.format: {format!r} is not one of auto, shards, {', '.join(READERS)}.")
+    path = schemas.official_file(Path(source).expanduser(), format, split)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder. Check data.train and data.test.")
     if image_root and not Path(image_root).expanduser().is_dir():
         raise FileNotFoundError(
             f"{image_root}: there is no such folder. Set data.image_root to where the pictures are."
         )
-    if format == "folder" or (format == "auto" and path.is_dir()):
-        return _read_folder(path)
+    if format == "auto":
+        format = "folder" if path.is_dir() else "pairs"
+    return READERS[format](path, Path(image_root).expanduser() if image_root else path.parent)
+
+
+def _read_pairs(path: Path, root: Path) -> Iterator[Record]:
+    """Entries {"image", "caption", perhaps "image_id"} of a JSON list or JSON lines."""
     if path.is_dir():
-        raise ValueError(f'{path}: a folder, but data.format "{format}" needs a .json or .jsonl file.')
-    root = Path(image_root).expanduser() if image_root else path.parent
-    return _read_annotations(path, str(root))
+        raise ValueError(f"{path}: a folder, but this data.format needs a .json or .jsonl file.")
+    for value, entry in checked_entries(path, "pairs"):
+        yield Record(os.path.join(root, entry.pictures[0]), entry.texts, value.get("image_id"))
 
 
-def _read_annotations(path: Path, root: str) -> Iterator[Record]:
-    for line, entry in read_entries(path):
-        yield _record(entry, f"{path}:{line}", root)
+def checked_entries(
+    path: Path, format: str, split: str = "train"
+) -> Iterator[tuple[dict[str, Any], schemas.Entry]]:
+    """Each entry of a JSON file, as it is and as `schemas` reads it; ValueError for a bad one, naming line and key."""
+    expected = schemas.FORMATS[format].expected
+    for line, value in read_entries(path, expected):
+        entry = schemas.read_entry(format, value, split)
+        if entry.problems:
+            raise ValueError(f"{path}:{line}: {entry.problems[0]}. {expected}.")
+        yield value, entry
 
 
 def read_entries(path: Path, expected: str = _EXPECTED) -> Iterator[tuple[int, Any]]:
@@ -129,30 +142,7 @@ def json_list(path: Path, expected: str = _EXPECTED) -> Iterator[tuple[int, Any]
             position = end
 
 
-def _record(entry: Any, where: str, root: str) -> Record:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected an object, not {type(entry).__name__}. {_EXPECTED}.")
-    if "images" in entry and "annotations" in entry:
-        raise ValueError(
-            f"{where}: this is COCO's own annotation format; expected Karpathy's list. {_EXPECTED}."
-        )
-    for key in ("image", "caption"):
-        if entry.get(key) in (None, "", []):
-            raise ValueError(f'{where}: "{key}" is {"empty" if key in entry else "missing"}. {_EXPECTED}.')
-    image, captions, image_id = entry["image"], entry["caption"], entry.get("image_id")
-    captions = captions if isinstance(captions, list) else [captions]
-    if not isinstance(image, str):
-        raise ValueError(f'{where}: "image" should be a path, not {type(image).__name__}. {_EXPECTED}.')
-    if not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise ValueError(
-            f'{where}: "caption" should be text, or a list of texts, none of them empty. {_EXPECTED}.'
-        )
-    if not isinstance(image_id, str | int | None):
-        raise ValueError(f'{where}: "image_id" should be a number or text, not {type(image_id).__name__}.')
-    return Record(os.path.join(root, image), captions, image_id)
-
-
-def _read_folder(folder: Path) -> Iterator[Record]:
+def _read_folder(folder: Path, root: Path) -> Iterator[Record]:
     """Pictures below `folder`, in the order of their paths, with the text in the .txt or .caption file beside each."""
     pictures = bare = 0
     for picture, sidecar in pictures_below(folder):
@@ -166,6 +156,14 @@ def _read_folder(folder: Path) -> Iterator[Record]:
         raise ValueError(f"{folder}: {what} a caption file (.txt or .caption, same name) beside it.")
     if bare:
         logger.warning("%s: %d of %d pictures have no caption file and are left out.", folder, bare, pictures)
+
+
+# data.format -> reader of (file or folder, folder of the pictures); shards are read by `shards`
+READERS: dict[str, Callable[[Path, Path], Iterator[Record]]] = {
+    "pairs": _read_pairs,
+    "folder": _read_folder,
+    **dict.fromkeys(schemas.KARPATHY, _read_pairs),
+}
 
 
 def pictures_below(folder: str | Path) -> Iterator[tuple[str, str | None]]:
@@ -204,3 +202,24 @@ def sidecar_text(path: Path) -> str:
             f"{path}: the caption is empty. Write one, or remove the file to leave the picture out."
         )
     return text
+
+
+def read_captions(path: Path) -> Iterator[str]:
+    """The "caption" (a text or a list of texts) of each entry of a .json or .jsonl file; the lines of any other file.
+
+    Raises ValueError naming file and line for what is neither.
+    """
+    if path.suffix not in (".json", ".jsonl"):
+        with path.open(encoding="utf-8-sig") as lines:
+            try:
+                yield from filter(None, map(str.strip, lines))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
+        return
+    expected = 'Each entry needs {"caption": text}'
+    for line, value in read_entries(path, expected):
+        found = value.get("caption") if isinstance(value, dict) else None
+        texts = found if isinstance(found, list) else [found]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'{path}:{line}: "caption" is missing or not text. {expected}.')
+        yield from texts

@@ -8,25 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-_PAIR = 'Each entry needs {"image": path, "caption": text or list of texts}'
-EXPECTED = {
-    "pairs": _PAIR,
-    "coco": _PAIR,
-    "flickr30k": _PAIR,
-    "nocaps": 'Each entry needs {"image": path, "img_id": number}',
-    "vqa": 'Each entry needs {"image": path, "question": text, "answer": text or list of texts}, '
-    'and may have "dataset": "vqa" or "vg"; a test set without answers needs "question_id"',
-    "nlvr": 'Each entry needs {"images": [path, path], "sentence": text, "label": "True" or "False"}',
-    "msrvtt": 'Each entry needs {"clip_name": name, "caption": text}',
-}
-OFFICIAL_FILES = {  # in a folder of annotations
-    "coco": "coco_karpathy_{}.json",
-    "flickr30k": "flickr30k_{}.json",
-    "nocaps": "nocaps_{}.json",
-    "msrvtt": "msrvtt_{}.jsonl",
-}
+KARPATHY = ("coco", "flickr30k")  # whose captions and splits are Andrej Karpathy's
 
 
 @dataclass
@@ -65,9 +49,9 @@ class Entry:
 
 def official_file(source: Path, format: str, split: str) -> Path:
     """The annotation file of a split ("train", "val", "test"): `source`, or the official one in the folder `source`."""
-    if format not in OFFICIAL_FILES or not source.is_dir():
-        return source
-    return source / OFFICIAL_FILES[format].format(split)
+    if format in FORMATS and FORMATS[format].file and source.is_dir():
+        return source / FORMATS[format].file.format(split)
+    return source
 
 
 def read_entry(format: str, value: Any, split: str) -> Entry:
@@ -78,7 +62,7 @@ def read_entry(format: str, value: Any, split: str) -> Entry:
     elif "images" in value and "annotations" in value:
         entry.problems.append("this is COCO's own annotation format; expected a list of entries")
     else:
-        _READERS[format](entry, value, split)
+        FORMATS[format].read(entry, value, split)
     return entry
 
 
@@ -128,14 +112,29 @@ def _msrvtt(entry: Entry, value: dict[str, Any], split: str) -> None:
     entry.texts = entry.texts_of(value.get("caption"), "caption", many=False)
 
 
-_READERS: dict[str, Callable[[Entry, dict[str, Any], str], None]] = {
-    "pairs": _pair,
-    "coco": _pair,
-    "flickr30k": _pair,
-    "nocaps": _nocaps,
-    "vqa": _vqa,
-    "nlvr": _nlvr,
-    "msrvtt": _msrvtt,
+class Format(NamedTuple):
+    """An annotation format."""
+
+    read: Callable[[Entry, dict[str, Any], str], None]  # fills the entry from its JSON object, of a split
+    expected: str  # what an entry needs, as a sentence
+    file: str = ""  # the official file of a split in a folder of annotations
+
+
+_PAIR = 'Each entry needs {"image": path, "caption": text or list of texts}'
+FORMATS = {
+    "pairs": Format(_pair, _PAIR),
+    "coco": Format(_pair, _PAIR, "coco_karpathy_{}.json"),
+    "flickr30k": Format(_pair, _PAIR, "flickr30k_{}.json"),
+    "nocaps": Format(_nocaps, 'Each entry needs {"image": path, "img_id": number}', "nocaps_{}.json"),
+    "vqa": Format(
+        _vqa,
+        'Each entry needs {"image": path, "question": text, "answer": text or list of texts}, '
+        'and may have "dataset": "vqa" or "vg"; a test set without answers needs "question_id"',
+    ),
+    "nlvr": Format(
+        _nlvr, 'Each entry needs {"images": [path, path], "sentence": text, "label": "True" or "False"}'
+    ),
+    "msrvtt": Format(_msrvtt, 'Each entry needs {"clip_name": name, "caption": text}', "msrvtt_{}.jsonl"),
 }
 
 

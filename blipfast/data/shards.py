@@ -27,6 +27,7 @@ import numpy as np
 from blipfast.data.batches import AugmentText, BatchMaker, MicroBatchLoader
 from blipfast.data.images import load_image
 from blipfast.data.sampling import permutation
+from blipfast.files import whole
 from blipfast.text import pre_caption, with_prompt
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -286,8 +287,7 @@ def write_shards(pairs: Iterable[dict[str, Any]], pattern: str, per_shard: int =
         if not batch:
             return written
         path = pattern % shard
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(f"{path}.part", "w:", format=tarfile.GNU_FORMAT) as tar:
+        with whole(path) as unfinished, tarfile.open(unfinished, "w:", format=tarfile.GNU_FORMAT) as tar:
             for number, pair in batch:
                 image = pair["image"]
                 data = image if isinstance(image, bytes) else Path(image).read_bytes()
@@ -298,7 +298,6 @@ def write_shards(pairs: Iterable[dict[str, Any]], pattern: str, per_shard: int =
                     )
                 _add(tar, f"{number:09d}.{kind}", data)
                 _add(tar, f"{number:09d}.txt", pair["caption"].encode())
-        os.replace(f"{path}.part", path)
         written.append(path)
     return written
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from blipfast.config import DataConfig
 from blipfast.data import readers, schemas
-from blipfast.data.images import load_image
+from blipfast.data.images import GREY, load_image
 from blipfast.text import pre_caption
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v")
@@ -155,10 +155,7 @@ class VideoView(Dataset):
         self.img2txt: dict[int, list[int]] = {}
         self.txt2img: dict[int, int] = {}
         place: dict[str, int] = {}
-        for line, value in readers.read_entries(path):
-            entry = schemas.read_entry("msrvtt", value, split)
-            if entry.problems:
-                raise ValueError(f"{path}:{line}: {entry.problems[0]}. {schemas.EXPECTED['msrvtt']}.")
+        for _, entry in readers.checked_entries(path, "msrvtt", split):
             (name,), (caption,) = entry.pictures, entry.texts
             video = place.setdefault(name, len(self.video))
             if video == len(self.video):
@@ -167,7 +164,7 @@ class VideoView(Dataset):
             self.img2txt.setdefault(video, []).append(len(self.text))
             self.text.append(pre_caption(caption, MAX_WORDS))
         if not self.video:
-            raise ValueError(f"{path}: there are no clips in it. {schemas.EXPECTED['msrvtt']}.")
+            raise ValueError(f"{path}: there are no clips in it. {schemas.FORMATS['msrvtt'].expected}.")
         if all(find_clip(self.root, name) is None for name in self.video[:16]):
             raise FileNotFoundError(
                 f"{path}: of its clips none is in {self.root}, the first being {self.video[0]}. Set data.image_root "
@@ -183,10 +180,10 @@ class VideoView(Dataset):
             frames = read_frames(find_clip(self.root, name) or self.root / name, self.frames)
         except ValueError as error:
             logger.warning("Grey frames stand for a clip that cannot be read: %s", error)
-            frames = [torch.full((3, 64, 64), 128, dtype=torch.uint8)] * self.frames
+            frames = [GREY] * self.frames
         return torch.stack([self.transform(frame, None) for frame in frames]), i
 
 
 def open_videos(data: DataConfig, source: str, transform: Callable, frames: int, split: str) -> VideoView:
     """The view of `source`, a config's data.test or data.val; the clips lie in its image root."""
-    return VideoView(source, data.test_image_root or data.image_root, transform, frames, split)
+    return VideoView(source, data.root(split), transform, frames, split)

@@ -6,22 +6,21 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from blipfast.data import schemas
 from blipfast.data.pairs import PackedStrings
 from blipfast.data.pictures import Pictures, PicturesDataset, root_setting
-from blipfast.data.readers import read_entries
+from blipfast.data.readers import checked_entries
+from blipfast.data.schemas import FORMATS, Entry
 from blipfast.text import pre_question
 
 VG_WEIGHT = 0.2  # of Visual Genome's single answers (official)
 ANSWERS = 3128  # in the official list
-_EXPECTED = schemas.EXPECTED["vqa"]
 
 
 class VQADataset(PicturesDataset):
@@ -59,10 +58,10 @@ class VQADataset(PicturesDataset):
             start, path = len(self), Path(source).expanduser()
             own = os.path.expanduser(image_root) or str(path.parent)
             roots = {"": own, "vg": os.path.expanduser(vg_root) or own}
-            for line, value in read_entries(path, _EXPECTED):
-                self._add(value, f"{path}:{line}", roots, picture_of)
+            for value, entry in checked_entries(path, "vqa", split):
+                self._add(value, entry, roots, picture_of)
             if start == len(self):
-                raise ValueError(f"{path}: there are no questions in it. {_EXPECTED}.")
+                raise ValueError(f"{path}: there are no questions in it. {FORMATS['vqa'].expected}.")
             settings = [root_setting("image_root", image_root), root_setting("vg_root", vg_root)]
             self._pictures.check(str(path), np.array(picture_of[start:]), ", ".join(settings))
         if len(self.answer_types) < len(self):
@@ -70,10 +69,7 @@ class VQADataset(PicturesDataset):
         self._pictures.complete()
         self.picture_of = np.array(picture_of)
 
-    def _add(self, value: Any, where: str, roots: dict[str, str], picture_of: array) -> None:
-        entry = schemas.read_entry("vqa", value, self.split)
-        if entry.problems:
-            raise ValueError(f"{where}: {entry.problems[0]}. {_EXPECTED}.")
+    def _add(self, value: dict[str, Any], entry: Entry, roots: dict[str, str], picture_of: array) -> None:
         picture_of.append(self._pictures.add(os.path.join(roots[entry.root], entry.pictures[0])))
         self._questions.append(entry.texts[0])
         self._answers.append(json.dumps(entry.answers))
@@ -107,12 +103,6 @@ class VQADataset(PicturesDataset):
     def question_id(self, i: int) -> Any:
         """The id given in the file, else the question's place."""
         return json.loads(self._ids[i])
-
-    def texts(self) -> Iterator[str]:
-        """All questions and answers: what a tokenizer is trained on."""
-        for i in range(len(self)):
-            yield self.question(i)
-            yield from self.answers(i)
 
     @staticmethod
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

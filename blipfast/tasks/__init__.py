@@ -3,7 +3,8 @@
 What the training loop asks of a task stands at the top of `blipfast/training/loop.py`. A task that fine-tunes and is
 evaluated by a published protocol is a subclass of `finetune.FineTuneTask` and brings
 
-    build_model(config) -> model     classmethod; a `finetune.Trainable` whose state_dict has the official keys
+    build_model(config) -> model     classmethod; a `finetune.Trainable` whose state_dict has the official keys; its
+                                     `starts_random`, if any, names weights that starting checkpoints lack
     build_loader() -> loader         pairs of picture and caption unless overridden
     evaluate_checkpoint(config, checkpoint, split, output, device) -> {metric: figure}
                                      classmethod; called by every rank, each takes its share of the samples
@@ -12,7 +13,6 @@ evaluated by a published protocol is a subclass of `finetune.FineTuneTask` and b
                                      same figures. `split` is "val" or "test", the sources data.val and data.test
     best_metric                      the official rule for the best weights, higher is better; "A+B" is a sum
     figures                          names of its figures, so that train.select is checked before training
-    fresh                            weights that starting checkpoints lack: parts, keys or patterns of names
 
 The same class then serves `blipfast/train.py` and `blipfast evaluate`. A task of your own needs no line here: write
 `task: my_package.my_module:MyTask` in the config, with its folder on PYTHONPATH.

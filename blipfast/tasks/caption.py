@@ -15,18 +15,17 @@ from torch.utils.data import Dataset
 
 from blipfast.caption_metrics import caption_metrics, check_scorer
 from blipfast.config import Config
-from blipfast.data.karpathy import CaptionView
 from blipfast.data.nocaps import NoCapsView
-from blipfast.data.readers import KARPATHY_FILES
+from blipfast.data.schemas import KARPATHY
 from blipfast.data.transforms import eval_transform
-from blipfast.data.views import in_batches
+from blipfast.data.views import CaptionView, in_batches
 from blipfast.models import gather
 from blipfast.models.blip import BLIP_Decoder
 from blipfast.ptb import tokenize
 
 from .captioning import captions_of, check_search
 from .finetune import FineTuneTask, Trainable, model_settings, write_json
-from .report import Caption, Gallery, sample, write_gallery
+from .gallery import Caption, Gallery, sample, write_gallery
 from .sharing import from_main, my_share
 
 View = CaptionView | NoCapsView
@@ -92,11 +91,10 @@ def open_view(config: Config, split: str) -> View:
     Raises FileNotFoundError or ValueError naming file, line and key.
     """
     data = config.data
-    source = getattr(data, split)
-    root = data.test_image_root or data.image_root
+    source, root = getattr(data, split), data.root(split)
     if data.format == "nocaps":
         return NoCapsView(source, root, split)
-    format = data.format if data.format in KARPATHY_FILES else "auto"
+    format = data.format if data.format in KARPATHY else "auto"
     return CaptionView(source, root, format=format, split=split, clean_captions=False)
 
 
@@ -116,7 +114,7 @@ class Prepared(Dataset):
 def results(view: View, captions: list[str], format: str) -> list[dict[str, Any]]:
     """[{"image_id", "caption"}], as COCO's and NoCaps's servers take it; of one's own pictures "image" says which."""
     rows = [{"image_id": i, "caption": c} for i, c in zip(view.image_ids, captions, strict=True)]
-    if isinstance(view, CaptionView) and format not in KARPATHY_FILES:
+    if isinstance(view, CaptionView) and format not in KARPATHY:
         return [row | {"image": image} for row, image in zip(rows, view.image, strict=True)]
     return rows
 

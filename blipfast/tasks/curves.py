@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from blipfast.files import whole
+
 PANELS = {  # keys of log.jsonl, and what to call them
     "loss": "loss",
     "loss_itc": "image-text contrast (ITC)",
@@ -110,9 +112,8 @@ def _draw(panels: list[str], training: dict, evaluations: dict, png: Path) -> Pa
         for (name, points), colour in zip(recall.items(), (LINE, "#c2571a")):
             axes.plot(*zip(*points), color=colour, linewidth=1.8, marker="o", markersize=3, label=name)
         axes.legend(frameon=False, fontsize=8)
-    unfinished = png.with_name(png.name + ".tmp")
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(png)
+    with whole(png) as unfinished:
+        figure.savefig(unfinished, format="png")
     return png
 
 

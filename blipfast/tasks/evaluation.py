@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from blipfast.config import Config
-from blipfast.data.karpathy import RetrievalView
 from blipfast.data.transforms import eval_transform
-from blipfast.metrics import ranks, retrieval_metrics
+from blipfast.data.views import RetrievalView
+from blipfast.metrics import retrieval_metrics
 from blipfast.models import gather
 from blipfast.models.run import load_captioner, load_matcher
 from blipfast.quantize import prepare
 
 from .captioning import captions_of
-from .report import Caption, Gallery, Hit, ImageQuery, TextQuery, sample, write_gallery
-from .scoring import Collection, Scores, chunks
+from .gallery import gallery, write_gallery
+from .scoring import Collection, chunks
 from .sharing import my_share
-
-HITS = 5  # shown for each query in the gallery
 
 
 @torch.no_grad()
@@ -70,57 +68,3 @@ def _evaluate(
         page = gallery(settings.gallery, test, scores, captions, truths, shown)
         write_gallery(output / "gallery.html", page)
     return metrics
-
-
-def gallery(
-    count: int,
-    test: RetrievalView,
-    scores: Scores,
-    captions: list[str],
-    truths: list[list[str]],
-    metrics: dict[str, float],
-) -> Gallery:
-    """A fixed random sample of `count` pictures and of as many texts, right and wrong as they come.
-
-    captions: what was written about each picture; [] if nothing was.
-    """
-    img2txt = [test.img2txt[i] for i in range(len(test))]
-    txt2img = [
-        [found] if isinstance(found, int) else list(found)
-        for found in map(test.txt2img.get, range(len(test.text)))
-    ]
-    image_ranks, text_ranks = ranks(scores.i2t, img2txt), ranks(scores.t2i, txt2img)
-
-    def hits(row: Tensor, truth: list[int], pictures: bool) -> list[Hit]:
-        best = row.topk(min(HITS, len(row)))
-        return [
-            Hit(
-                truths[i][0] if pictures else test.text[i],
-                score,
-                i in truth,
-                test[i][0] if pictures else None,
-            )
-            for score, i in zip(best.values.tolist(), best.indices.tolist())
-        ]
-
-    chosen = sample(len(test), count)
-    return Gallery(
-        "blipfast on pictures it has never seen",
-        metrics,
-        text_to_image=[
-            TextQuery(
-                test.text[t],
-                hits(scores.t2i[t], txt2img[t], pictures=True),
-                int(text_ranks[t]) + 1,
-                test[txt2img[t][0]][0],
-            )
-            for t in sample(len(test.text), count, seed=1)
-        ],
-        image_to_text=[
-            ImageQuery(
-                test[i][0], truths[i][0], hits(scores.i2t[i], img2txt[i], False), int(image_ranks[i]) + 1
-            )
-            for i in chosen
-        ],
-        captions=[Caption(test[i][0], captions[i], truths[i]) for i in chosen if captions],
-    )

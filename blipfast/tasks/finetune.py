@@ -29,6 +29,7 @@ from blipfast.config import Config
 from blipfast.data.loader import build_train_loader
 from blipfast.data.text_augment import text_augment
 from blipfast.data.transforms import Transform, train_transform
+from blipfast.files import whole
 from blipfast.models import gather
 from blipfast.models.checkpoint import (
     WEIGHTS,
@@ -75,7 +76,6 @@ class FineTuneTask(ABC):
 
     best_metric = ""
     figures: tuple[str, ...] = ()  # names that train.select may use, if they are known beforehand
-    fresh: tuple[str, ...] = ()
 
     def __init__(self, config: Config, rank: int = 0, world_size: int = 1):
         self.config, self.rank, self.world_size = config, rank, world_size
@@ -84,7 +84,7 @@ class FineTuneTask(ABC):
         self.check_evaluation()
         self.loader = self.build_loader()
         self.model = self.build_model(config)
-        load_starting_weights(self.model, config, self.fresh)
+        load_starting_weights(self.model, config)
         self.start = time.time()
         self.best_epoch: int | None = None
         self.history: dict[int, float] = {}  # what each epoch's weights reached in the metric that selects
@@ -215,20 +215,20 @@ class FineTuneTask(ABC):
         state: dict[str, Any] = {"metric": self.rule}
         newest = max(self.history)
         if self.best_epoch == newest:
-            partial = run / (WEIGHTS + ".partial")
-            shutil.copyfile(weights, partial)
-            partial.replace(run / WEIGHTS)
+            with whole(run / WEIGHTS) as unfinished:
+                shutil.copyfile(weights, unfinished)
         else:
             metrics = json.loads((run / BEST).read_text())["metrics"]
         state |= {"best_epoch": self.best_epoch, "history": self.history, "metrics": metrics}
         write_json(run / BEST, state)
 
 
-def load_starting_weights(model: nn.Module, config: Config, fresh: tuple[str, ...] = ()) -> None:
+def load_starting_weights(model: nn.Module, config: Config) -> None:
     """Load what model.init_vit, model.init_bert and model.init_from name, in this order.
 
-    Of init_from only weights named by `fresh` and model.allow_random (a part such as text_decoder, a key, a pattern
-    such as *.crossattention.*) may be missing or of another shape. Raises ValueError for others, with what to do.
+    Of init_from only weights named by the model's `starts_random` and by model.allow_random (a part such as
+    text_decoder, a key, a pattern such as *.crossattention.*) may be missing or of another shape. Raises ValueError
+    for others, with what to do.
     A model may bring `adapt(tensors) -> tensors`, for checkpoints of another layout (NLVR2's twin cross-attention).
     """
     settings = config.model
@@ -239,8 +239,9 @@ def load_starting_weights(model: nn.Module, config: Config, fresh: tuple[str, ..
             load_bert(text_model, settings.init_bert)
     if settings.init_from:
         state = getattr(model, "adapt", dict)(read_state_dict(settings.init_from))
-        allowed = (*fresh, *settings.allow_random)
-        load_weights(model, state, settings.init_from, allow_missing=False, allow_random=allowed)
+        load_weights(
+            model, state, settings.init_from, allow_missing=False, allow_random=settings.allow_random
+        )
 
 
 def evaluate_checkpoint(
@@ -307,10 +308,8 @@ def write_json(path: Path, value: Any) -> None:
     """Write a result file, whole or not at all, making its folder; ranks other than 0 do nothing."""
     if gather.rank():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read_state(path: Path, epoch: int, rule: str) -> dict[str, Any]:

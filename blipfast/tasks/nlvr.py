@@ -46,7 +46,6 @@ class NLVRTask(FineTuneTask):
     """Fine-tuning on statements about two pictures; the best weights by accuracy."""
 
     best_metric = "accuracy"
-    fresh = ("*.merge_layer.*", "cls_head")  # what no pre-trained checkpoint has
 
     def build_loader(self):
         config = self.config
@@ -137,6 +136,5 @@ class PairView(Dataset):
 def open_statements(config: Config, split: str) -> NLVRDataset:
     """The statements of data.train, data.val or data.test. Raises FileNotFoundError or ValueError naming the file."""
     data = config.data
-    root = data.image_root if split == "train" else data.test_image_root or data.image_root
     how = dict(split=split, swap=data.swap, clean=data.clean_captions, max_words=data.max_words)
-    return NLVRDataset(getattr(data, split), root, **how)
+    return NLVRDataset(getattr(data, split), data.root(split), **how)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from blipfast.config import Config, LossConfig
-from blipfast.data.karpathy import open_retrieval
 from blipfast.data.loader import build_train_loader
 from blipfast.data.text_augment import text_augment
+from blipfast.data.views import open_retrieval
 from blipfast.models.blip_pretrain import BLIP_Pretrain
 from blipfast.models.checkpoint import WEIGHTS, load_checkpoint
 
@@ -84,9 +84,8 @@ class PretrainTask:
         self.start = time.time()
 
     def alpha(self, step: int, steps_per_epoch: int) -> float:
-        """Weight of the momentum targets: a linear ramp over `alpha_ramp_epochs`, then constant."""
-        ramp = self.config.loss.alpha_ramp_epochs * steps_per_epoch
-        return self.config.loss.alpha * min(1.0, step / ramp if ramp else 1.0)
+        """Weight of the momentum targets."""
+        return self.config.loss.alpha_at(step, steps_per_epoch)
 
     def evaluate(self, model: PretrainModel, epoch: int) -> dict[str, float] | None:
         """Export the weights to the run folder and evaluate them there, on all ranks. None without a test set."""

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfast.config import Config
-from blipfast.data.karpathy import RetrievalView, open_retrieval
 from blipfast.data.transforms import eval_transform
 from blipfast.data.video import VideoView, open_videos
+from blipfast.data.views import RetrievalView, open_retrieval
 from blipfast.metrics import ranks, retrieval_metrics
 from blipfast.models import gather
 from blipfast.models.blip_itm import BLIP_ITM
@@ -26,9 +26,8 @@ from blipfast.models.blip_retrieval import BLIP_Retrieval
 from blipfast.models.checkpoint import load_checkpoint
 from blipfast.quantize import prepare
 
-from .evaluation import gallery
 from .finetune import FineTuneTask, model_settings, write_json
-from .report import write_gallery
+from .gallery import gallery, write_gallery
 from .scoring import UNSCORED, Collection, Scores
 
 HITS = 10  # kept for each query in the result file
@@ -99,8 +98,7 @@ class RetrievalTask(FineTuneTask):
 
     def alpha(self, step: int, steps_per_epoch: int) -> float:
         """Weight of the momentum targets: a linear ramp over `alpha_ramp_epochs` (official: the first epoch)."""
-        ramp = self.config.loss.alpha_ramp_epochs * steps_per_epoch
-        return self.config.loss.alpha * min(1.0, step / ramp if ramp else 1.0)
+        return self.config.loss.alpha_at(step, steps_per_epoch)
 
     @classmethod
     def load_model(cls, config: Config, checkpoint: Path, device: torch.device) -> BLIP_ITM:

@@ -25,12 +25,17 @@ def collect(results: dict[int, Any], count: int) -> list[Any]:
     return [merged[index] for index in range(count)]
 
 
+def is_main() -> bool:
+    """True on rank 0."""
+    return gather.rank() == 0
+
+
 def from_main(function: Callable[[], Any]) -> Any:
     """What `function()` returns on rank 0, on every rank; what it raises there is raised on every rank."""
     if gather.world_size() == 1:
         return function()
     reply: list[Any] = [None, None]
-    if gather.rank() == 0:
+    if is_main():
         try:
             reply[0] = function()
         except Exception as error:  # no rank may wait for a collective that never comes

@@ -114,9 +114,8 @@ class VQATask(FineTuneTask):
 def open_questions(config: Config, split: str) -> VQADataset:
     """The questions of data.train, data.val or data.test. Raises FileNotFoundError or ValueError naming the file."""
     data = config.data
-    root = data.image_root if split == "train" else data.test_image_root or data.image_root
     text = dict(clean=data.clean_captions, max_words=data.max_words)
-    return VQADataset(getattr(data, split), root, data.vg_root, split=split, **text)
+    return VQADataset(getattr(data, split), data.root(split), data.vg_root, split=split, **text)
 
 
 def answer_list(config: Config) -> list[str]:

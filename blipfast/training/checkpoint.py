@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..models.tensor_file import write_tensors
-from . import distributed
+from ..tasks.sharing import is_main
 from .ema import MomentumEncoders
 from .engine import WEIGHT, Engine
 from .errors import CheckpointError
@@ -68,14 +68,14 @@ def save(
     final = folder / f"step_{position.step:07d}"
     unfinished = final.with_name(final.name + ".tmp")
     problem = ""
-    if distributed.is_main():
+    if is_main():
         problem = _attempt(unfinished, _fresh, unfinished)
     for file in FILES:
         tensors = _collect(file, engine, momentum)
-        if distributed.is_main() and not problem:
+        if is_main() and not problem:
             problem = _attempt(unfinished, _write, unfinished / f"{file}.safetensors", tensors)
         del tensors  # one kind at a time in memory
-    if distributed.is_main() and not problem:
+    if is_main() and not problem:
         state = {
             "format": FORMAT,
             **asdict(position),
@@ -89,7 +89,7 @@ def save(
 
 def _collect(file: str, engine: Engine, momentum: MomentumEncoders) -> dict[str, torch.Tensor]:
     """The tensors of one file, on the CPU of rank 0 (gathered one by one, so that no device holds them all)."""
-    keep = distributed.is_main()
+    keep = is_main()
     tensors: dict[str, torch.Tensor] = {}
     if file == "buffers":
         return {name: _to_cpu(buffer) for name, buffer in engine.model.named_buffers()} if keep else {}
@@ -268,16 +268,6 @@ def load(path: Path, engine: Engine, momentum: MomentumEncoders) -> None:
         for name, buffer in engine.model.named_buffers():
             buffer.copy_(stored.get_tensor(name))
     engine.set_step(read_state(path)["step"])
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Copy a checkpoint's weights and buffers into a plain model of the same shape (for export and evaluation)."""
-    check_model(path, model)
-    with torch.no_grad():
-        for file, tensors in ((WEIGHT, model.named_parameters()), ("buffers", model.named_buffers())):
-            with _open(path / f"{file}.safetensors") as stored:
-                for name, tensor in tensors:
-                    tensor.copy_(stored.get_tensor(name))
 
 
 def _open(path: Path) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,11 +78,6 @@ def _alone() -> bool:
     return not dist.is_initialized() or dist.get_world_size() == 1
 
 
-def is_main() -> bool:
-    """True on rank 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def all_mean(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over all ranks, in place."""
     if not _alone():
@@ -103,24 +97,6 @@ def broadcast_(tensor: torch.Tensor) -> None:
     """Give every rank the tensor of rank 0, in place."""
     if not _alone():
         dist.broadcast(tensor, 0)
-
-
-def from_main(function: Any) -> Any:
-    """Call `function()` on rank 0 and give every rank its result; an error there is raised on all ranks."""
-    if _alone():
-        return function()
-    reply: list[Any] = [None, None]
-    if is_main():
-        try:
-            reply[0] = function()
-        except (
-            Exception
-        ) as error:  # handed to every rank, so that none waits for a collective that never comes
-            reply[1] = error
-    dist.broadcast_object_list(reply, 0)
-    if reply[1] is not None:
-        raise reply[1]
-    return reply[0]
 
 
 def barrier() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .distributed import is_main
+from ..files import whole
+from ..tasks.sharing import is_main
 
 
 class RunLog:
@@ -74,14 +75,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def rewind(path: Path, step: int) -> None:
     """Drop the records after `step`, which a killed run wrote and the resumed one writes again."""
-    records, whole = read_records(path), True
+    records, ended = read_records(path), True
     if path.exists():
         text = path.read_bytes()
-        whole = not text or text.endswith(b"\n")  # else the next record would join the last line
+        ended = not text or text.endswith(b"\n")  # else the next record would join the last line
     kept = [
         record for record in records if record.get("step", 0) <= step and record.get("event") != "complete"
     ]
-    if len(kept) != len(records) or not whole:
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        unfinished.replace(path)
+    if len(kept) != len(records) or not ended:
+        with whole(path) as unfinished:
+            unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

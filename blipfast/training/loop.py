@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from ..config import Config, to_dict
+from ..tasks.sharing import from_main, is_main
 from ..transfer import ToHost
 from . import checkpoint, distributed
 from .checkpoint import Position
@@ -65,7 +66,7 @@ def run(config: Config, build: Build, resume: str = "auto", overwrite: bool = Fa
     world = distributed.connect()
     try:
         with contextlib.ExitStack() as stack:
-            distributed.from_main(lambda: stack.enter_context(held(Path(config.output))))
+            from_main(lambda: stack.enter_context(held(Path(config.output))))
             return _run(config, build, resume, overwrite, world)
     finally:
         if not joined:
@@ -76,7 +77,7 @@ def _run(config: Config, build: Build, resume: str, overwrite: bool, world: Worl
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     output = Path(config.output)
-    start: Path | None = distributed.from_main(lambda: choose_start(output, resume, overwrite))
+    start: Path | None = from_main(lambda: choose_start(output, resume, overwrite))
     torch.manual_seed(config.seed)
     task = build(config, world.rank, world.size)
     steps_per_epoch = len(task.loader)
@@ -102,7 +103,7 @@ def _run(config: Config, build: Build, resume: str, overwrite: bool, world: Worl
                     f"{output} is complete ({position.step} steps). To train again: --overwrite or another `output:`"
                 )
             return 0
-    left: list[str] = distributed.from_main(lambda: open_run(config, output, position.step, overwrite))
+    left: list[str] = from_main(lambda: open_run(config, output, position.step, overwrite))
 
     engine = _engine(config, task.model, world)
     for buffer in engine.model.buffers():
@@ -377,7 +378,7 @@ class _Trainer:
             )
             return
         self.saved = position.step
-        if distributed.is_main():
+        if is_main():
             checkpoint.prune(self.folder, self.config.train.keep_checkpoints)
 
     # ---- signals

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from ..config import TrainConfig
-
-SCHEDULES = ("step", "cosine", "warmup_cosine")
+from ..config_checks import SCHEDULES
 
 
 def learning_rate(train: TrainConfig, step: int, epoch: int, total_steps: int) -> float:

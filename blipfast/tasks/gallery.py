@@ -1,6 +1,6 @@
-"""What a person looks at after a run: gallery.html (what the model found and wrote) and curves.png (how it got there).
+"""gallery.html, what a person looks at after a run: what the model found and wrote.
 
-gallery.html is one file: pictures are inside it, nothing is fetched, no script runs; light and dark follow the reader.
+One file: pictures are inside it, nothing is fetched, no script runs; light and dark follow the reader.
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from blipfast.data.views import RetrievalView
+from blipfast.files import whole
+from blipfast.metrics import ranks
+
+from .scoring import Scores
+
 Picture = torch.Tensor | np.ndarray | Image.Image | str | os.PathLike
 TEMPLATE = Path(__file__).resolve().parent.parent / "assets" / "gallery.html"
 THUMBNAIL = 192  # pixels; larger pictures are shown at this size
+HITS = 5  # shown for each query
 SAME_WORDS = re.compile(r"\w+|\W+")
 
 
@@ -113,17 +120,69 @@ def write_gallery(path: str | os.PathLike, gallery: Gallery) -> Path:
         figures=_figures(gallery.metrics),
         sections="\n".join(sections),
     )
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    with whole(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
+    return Path(path)
 
 
 def sample(count: int, wanted: int, seed: int = 0) -> list[int]:
     """`wanted` of the numbers 0 .. count-1 (all, if there are fewer), drawn without looking and always the same."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(count, generator=generator)[:wanted].tolist()
+
+
+def gallery(
+    count: int,
+    test: RetrievalView,
+    scores: Scores,
+    captions: list[str],
+    truths: list[list[str]],
+    metrics: dict[str, float],
+) -> Gallery:
+    """What retrieval found: a fixed random sample of `count` pictures and of as many texts, as they come.
+
+    captions: what was written about each picture; [] if nothing was.
+    """
+    img2txt = [test.img2txt[i] for i in range(len(test))]
+    txt2img = [
+        [found] if isinstance(found, int) else list(found)
+        for found in map(test.txt2img.get, range(len(test.text)))
+    ]
+    image_ranks, text_ranks = ranks(scores.i2t, img2txt), ranks(scores.t2i, txt2img)
+
+    def hits(row: torch.Tensor, truth: list[int], pictures: bool) -> list[Hit]:
+        best = row.topk(min(HITS, len(row)))
+        return [
+            Hit(
+                truths[i][0] if pictures else test.text[i],
+                score,
+                i in truth,
+                test[i][0] if pictures else None,
+            )
+            for score, i in zip(best.values.tolist(), best.indices.tolist())
+        ]
+
+    chosen = sample(len(test), count)
+    return Gallery(
+        "blipfast on pictures it has never seen",
+        metrics,
+        text_to_image=[
+            TextQuery(
+                test.text[t],
+                hits(scores.t2i[t], txt2img[t], pictures=True),
+                int(text_ranks[t]) + 1,
+                test[txt2img[t][0]][0],
+            )
+            for t in sample(len(test.text), count, seed=1)
+        ],
+        image_to_text=[
+            ImageQuery(
+                test[i][0], truths[i][0], hits(scores.i2t[i], img2txt[i], False), int(image_ranks[i]) + 1
+            )
+            for i in chosen
+        ],
+        captions=[Caption(test[i][0], captions[i], truths[i]) for i in chosen if captions],
+    )
 
 
 class _Pictures:
