@@ -187,7 +187,9 @@ def _forced(op: str) -> str | None:
 
 
 def _check_operations(names: Iterable[str]) -> None:
-    known = _registry.keys() | {file.stem for file in table.FOLDER.glob("*.json")}  # some may not be imported yet
+    known = _registry.keys() | {
+        file.stem for file in table.FOLDER.glob("*.json")
+    }  # some may not be imported yet
     for name in names:
         if name not in known:
             raise ValueError(f"{name!r} is no operation that has backends; there are {sorted(known)}")

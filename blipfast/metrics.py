@@ -10,13 +10,21 @@ def ranks(scores: Tensor, truths: list[list[int]] | list[int]) -> Tensor:
     """Rank of the best true column in each row of `scores` [R, C], 0 being first: [R] int64.
 
     truths[r]: the true column or columns of row r. A tie counts against the row, so that a model which scores
-    everything alike recalls nothing.
+    everything alike recalls nothing. Raises ValueError for a row without a true column.
     """
+    check_truths(truths)
     best = []
     for row, truth in zip(scores, truths, strict=True):
         score = row[torch.as_tensor(truth)].max()
         best.append(int((row >= score).sum()) - 1 if not score.isnan() else len(row))
     return torch.tensor(best)
+
+
+def check_truths(truths: list[list[int]] | list[int]) -> None:
+    """Raises ValueError for a query that nothing belongs to: it can be neither right nor wrong."""
+    for row, truth in enumerate(truths):
+        if not isinstance(truth, int) and not len(truth):
+            raise ValueError(f"Nothing belongs to query {row} (a picture without texts, say): leave it out.")
 
 
 def recall(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +17,13 @@ import torch
 
 from benchmarks import gpu, report, tune_kernels
 from benchmarks import measure as measuring
-from benchmarks.cases import Case, built_late, modes
+from benchmarks.cases import MODES, Case, built_late, modes
 from benchmarks.measure import Ceiling, Row, measure, time_in_turn
+from benchmarks.models import precision, pretrain
 from benchmarks.models.encoder import flops
 from benchmarks.targets import Target
-from benchmarks.worker import Lost, Worker, collect
+from benchmarks.worker import Lost, Title, Worker, collect
+from blipfast.kernels import aot, table
 from blipfast.models.vit import create_vit
 from tests.flops import flop
 
@@ -109,6 +113,16 @@ def test_a_contender_whose_first_call_takes_too_long_is_left_out(monkeypatch):
     assert slow.note == "TimeoutError: not done after 0.05 s" and ours.ms_p50 > 0
 
 
+def test_those_that_would_leave_too_little_of_a_cases_time_are_passed_over_and_the_others_timed():
+    contenders = {"ours": nap(1), "long": nap(200), "eager": nap(1), "hangs": nap(9000), "late": nap(1)}
+    start = time.monotonic()
+    rows = {row.contender: row for row in measure(case_of(contenders), "cpu", CEILING, 0.01, limit=1.2)}
+    assert time.monotonic() - start < 2
+    assert [label for label, row in rows.items() if row.ms_p50] == ["ours", "eager"]
+    assert rows["long"].note == rows["late"].note == "TimeoutError: the case's time is up"
+    assert rows["hangs"].note.startswith("TimeoutError: not done after 0.")
+
+
 def test_what_takes_long_is_called_a_few_times_only(monkeypatch):
     monkeypatch.setattr(measuring, "LONG", 0.0)
     calls = []
@@ -157,8 +171,25 @@ def test_every_operation_has_cases_that_run_on_a_cpu():
     assert all(case.rank in (0, 1, 2) and case.mode in ("forward", "full") for case in cases)
 
 
+@pytest.mark.parametrize("gigabytes, batch", [(141, 384), (80, 192)])
+def test_pre_training_is_compared_with_as_many_pairs_as_fit(gigabytes, batch, monkeypatch):
+    properties = SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    assert [case.items for case in pretrain.cases("cuda")] == [batch, 768, 128]
+
+
+def test_low_precisions_are_measured_beside_ours():
+    (case,) = precision.cases("cpu")
+    rows = {row.contender: row for row in measure(case, "cpu", CEILING, 0.01)}
+    assert list(rows) == ["ours", "int8", "fp8"]
+    assert rows["ours"].ratio_p50 == 1 and case.items == 2
+
+
 def test_a_process_that_dies_or_hangs_is_lost_and_says_so():
     worker = Worker("cpu")
+    with pytest.raises(Lost, match="IndexError: "):  # what is wrong with a case costs the process nothing
+        worker.ask("measure", 10**6, CEILING, 0.01, 1.0, seconds=60)
+    assert worker.process.is_alive()
     with pytest.raises(Lost, match="no answer in 0 s"):
         worker.ask("ceiling", seconds=0)
     with pytest.raises(Lost, match="died"):
@@ -186,7 +217,7 @@ def test_the_dry_run_measures_every_operation_and_writes_all_files(tmp_path, cap
 
 def test_processes_that_compile_ahead_finish_and_are_gone_after(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=20e9))
-    run = gpu.Run("cpu", tmp_path, math.inf, ["mlp"], 0.01)
+    run = gpu.Run("cpu", tmp_path, math.inf, ["mlp"], MODES, 0.01)
     (warmer,) = warmers = run.start_warmers()
     assert warmer.answer(60) is None
     run.wait_for(warmers, time.monotonic())
@@ -211,6 +242,60 @@ def test_when_time_is_up_the_report_says_what_was_not_run(tmp_path):
     assert "2 of 2 cases were not run, for lack of time" in text
     rows, _ = report.read_csv(tmp_path)
     assert [(row.shape, row.note) for row in rows] == [("B4 N37 D192", "not run: out of time")] * 2
+
+
+def test_the_modes_that_are_asked_for_are_measured(tmp_path):
+    arguments = ["--dry-run", "--output", str(tmp_path), "--budget", "0", "--modes", "full"]
+    assert gpu.main(arguments) == 0
+    assert {row.mode for row in report.read_csv(tmp_path)[0]} == {"full"}
+
+
+def test_what_has_no_figure_yet_is_measured_before_the_rest_of_its_rank(tmp_path, monkeypatch):
+    def title(op, mode, rank, place):
+        return Title(op, "N1", "torch.bfloat16", mode, rank, (), 60, place)
+
+    titles = [title("mlp", "forward", 0, 0), title("mlp", "full", 0, 1), title("vqa", "forward", 0, 0)]
+    titles += [title("adamw", "forward", 1, 0), title("caption", "forward", 0, 0)]
+    rows = [replace(row(label, ms_p50=ms), op=op) for op, label, ms in [
+        ("mlp", "ours triton", 1.0), ("caption", "ours", None), ("caption", "transformers", 1.0),
+    ]]  # fmt: skip
+    report.write_csv(tmp_path / "NVIDIA_H200" / "abc", rows, {"gpu": "none"})
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    assert gpu.known() == {("mlp", "N1", "forward")}
+    assert gpu.in_order(titles, range(5), gpu.known()) == [2, 4, 1, 0, 3]
+    assert gpu.in_order(titles, [0, 1, 3], set()) == [0, 1, 3]
+
+
+def test_processes_lost_at_the_start_are_started_again(tmp_path, monkeypatch):
+    ask, lost = Worker.ask, []
+
+    def start(device):
+        if not lost:
+            lost.append("start")
+            raise Lost("no answer in 120 s")
+        return Worker(device)
+
+    def ask_again(self, verb, *arguments, seconds):
+        if verb == "ceiling" and "ceiling" not in lost:
+            lost.append("ceiling")
+            self.close()
+            raise Lost("no answer in 60 s")
+        return ask(self, verb, *arguments, seconds=seconds)
+
+    monkeypatch.setattr(gpu, "Worker", start)
+    monkeypatch.setattr(Worker, "ask", ask_again)
+    arguments = ["--dry-run", "--output", str(tmp_path), "--ops", "mlp", "--seconds", "0.01"]
+    assert gpu.main(arguments) == 0 and lost == ["start", "ceiling"]
+
+
+def test_without_git_the_environment_says_which_commit_it_is(monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert report.commit() == "unknown"
+    monkeypatch.setenv("BLIPFAST_COMMIT", "abc")
+    assert report.commit() == "abc"
+    with pytest.raises(SystemExit):
+        gpu.main(["--help"])
+    assert "BLIPFAST_COMMIT" in capsys.readouterr().out
 
 
 def test_a_failing_case_is_reported_and_the_exit_status_tells(tmp_path, monkeypatch):
@@ -263,9 +348,120 @@ def test_the_tuner_passes_over_what_fails_or_gives_other_results():
     assert list(right) == [0, 3]
 
 
-def test_the_tuner_serves_candidates_from_memory_and_writes_a_table_that_reads_back(tmp_path):
-    from blipfast.kernels import table
+def looking_up(op, *buckets):
+    def run():
+        for bucket in buckets:
+            table.lookup(op, 90, bucket)
+        return torch.ones(3)
 
+    return run
+
+
+def now(function, tasks, chunk=1):
+    """In place of several processes."""
+    return [] if function is tune_kernels.compile_one else [function(task) for task in tasks]
+
+
+@pytest.fixture
+def tuning(monkeypatch):
+    """tuning(op, buckets, {label: ms of all but ours}, {number of a candidate: ms}): with times that are made up."""
+
+    def build(op, buckets, peers=(), ours=()):
+        def times(functions, device, seconds):
+            ms = dict.fromkeys(functions, 1.0) | dict(peers) | dict(ours)
+            return {label: [ms[label]] * 10 for label in functions}
+
+        contenders = {"ours triton": looking_up(op, *buckets)} | dict.fromkeys(dict(peers), nap(0))
+        cases = [Case(op, "N1", torch.bfloat16, lambda: contenders, 0, 0, mode) for mode in MODES]
+        monkeypatch.setattr(tune_kernels, "all_cases", lambda: cases)
+        monkeypatch.setattr(tune_kernels, "time_in_turn", times)
+        monkeypatch.setattr(tune_kernels, "refusals", lambda task: [])
+        return tune_kernels.Tuning(op, 90)
+
+    return build
+
+
+def test_the_tuner_times_what_a_bucket_is_used_for(tuning):
+    found = tuning("contrastive", ("statistics", "small", "gradient"))
+    assert found.of_bucket == {"statistics": [0], "small": [0, 1], "gradient": [1]}
+    assert tuning("linear_cross_entropy", ("softmax",)).of_bucket == {"softmax": [0, 1]}
+    assert tuning("layer_norm", ("forward",)).of_bucket == {"forward": [0]}
+
+
+def test_the_tuner_compiles_every_candidate_for_every_case(tuning):
+    compiled = []
+
+    def ahead(function, tasks, chunk=1):
+        compiled.extend(tasks if function is tune_kernels.compile_one else [])
+        return now(function, tasks)
+
+    found = tuning("linear_cross_entropy", ("softmax",))
+    every = tune_kernels.candidates("linear_cross_entropy", "softmax", found.trial.buckets["softmax"])
+    found.fastest("softmax", [0, 1], ahead)
+    assert compiled == [(i, "softmax", config, 90) for i in (0, 1) for config in every]
+
+
+@pytest.mark.parametrize(
+    "peers, wins",
+    [
+        ({"ours torch": 1.8, "compiled": 0.5, "eager": 0.5}, True),
+        ({"ours torch": 0.9, "compiled": 2}, False),
+        ({"ours torch": 1.8, "sdpa": 0.9}, False),
+    ],
+)
+def test_a_kernel_wins_that_is_faster_than_what_would_serve_in_its_place(tuning, peers, wins, tmp_path):
+    found = tuning("mlp", ("forward",), peers)
+    found.tune(now, tmp_path)
+    assert json.loads((tmp_path / "mlp.json").read_text())["90"]["forward"].get("wins", True) == wins
+
+
+def test_the_tuner_keeps_the_fastest_that_the_check_ahead_of_time_accepts(tuning, monkeypatch):
+    found = tuning("mlp", ("forward",), ours={3: 0.2, 5: 0.5})
+    every = tune_kernels.candidates("mlp", "forward", found.trial.buckets["forward"])
+    assert found.fastest("forward", [0], now) == every[3]
+    monkeypatch.setattr(tune_kernels, "refusals", lambda task: ["spills"] * (task[2] == every[3]))
+    assert found.fastest("forward", [0], now) == every[5]
+
+
+def test_what_the_tuner_has_no_time_for_stays_as_it_is_and_what_it_found_is_written(tuning, tmp_path, capsys):
+    found = tuning("mlp", ("forward", "backward"), {"ours torch": 2.0}, ours={3: 0.2})
+    shipped = {bucket: dict(config) for bucket, config in found.trial.buckets.items()}
+
+    def ahead(function, tasks, chunk=1):
+        return None if tasks[0][1] == "backward" else now(function, tasks)
+
+    found.tune(ahead, tmp_path)
+    assert "mlp backward: left as it is, the time is up" in capsys.readouterr().out
+    written = json.loads((tmp_path / "mlp.json").read_text())["90"]
+    assert written["backward"] == shipped["backward"] and written["forward"] != shipped["forward"]
+
+
+def test_processes_of_the_tuner_are_replaced_when_one_dies_and_stop_when_the_time_is_up():
+    ahead = tune_kernels.Ahead(1, time.monotonic() + 60)
+    with pytest.raises(BrokenProcessPool):
+        ahead(os._exit, [1])
+    assert ahead(abs, [-1, 2]) == [1, 2]
+    ahead.until = time.monotonic() + 0.5
+    assert ahead(time.sleep, [3]) is None and ahead(abs, [-1]) is None
+    ahead.pool.shutdown()
+
+
+def test_the_check_ahead_of_time_is_of_the_candidate(monkeypatch):
+    def compile_case(case, arch):
+        spills = 500 if case.num_warps == 1 else 0
+        return aot.Resources(registers=0, shared=0, spills=spills, hmma=0, wgmma=0)
+
+    monkeypatch.setattr(aot, "compile_case", compile_case)
+    spilling, other = ({"BLOCK": 4096, "num_warps": warps} for warps in (1, 8))
+    assert tune_kernels.refusals(("beam_search", "default", other, 90, "beam_search", 0)) == []
+    (why,) = tune_kernels.refusals(("beam_search", "default", spilling, 90, "beam_search", 0))
+    assert why == "500 bytes of spills"
+    monkeypatch.setattr(aot, "compile_case", lambda *_: failing())
+    (why,) = tune_kernels.refusals(("beam_search", "default", other, 90, "beam_search", 0))
+    assert why == "ZeroDivisionError: no such kernel"
+
+
+def test_the_tuner_serves_candidates_from_memory_and_writes_a_table_that_reads_back(tmp_path):
     shipped = dict(table.lookup("mlp", 90, "forward"))
     candidate = {**shipped, "BM": 64}
     with tune_kernels.Trial("mlp", 100) as trial:

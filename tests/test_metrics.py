@@ -20,6 +20,11 @@ def test_recall_equals_a_count_by_sorting():
     )
 
 
+def test_a_picture_without_texts_is_named():
+    with pytest.raises(ValueError, match="Nothing belongs to query 1"):
+        recall(torch.zeros(3, 5), [[0], [], [2]])
+
+
 def test_ties_and_nan_count_against_the_model():
     assert ranks(torch.zeros(2, 5), [0, 4]).tolist() == [4, 4]
     assert recall(torch.full((2, 3), torch.nan), [0, 1], (1,)) == [0.0]

@@ -116,6 +116,9 @@ def test_what_makes_no_sense_is_refused(model, prompt, embeds):
             generate(model.text_decoder, prompt, embeds, batch_size=size, **RULES)
     with pytest.raises(ValueError, match="no images to write texts for"):
         generate(model.text_decoder, prompt, embeds[:0], **RULES)
+    for wrong in ({"num_beams": 2.0}, {"num_return": None}, {"length_penalty": float("inf")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be a"):
+            generate(model.text_decoder, prompt, embeds, **RULES | wrong)
     with pytest.raises(ValueError, match="repetition_penalty must be above 0, got nan"):
         generate(model.text_decoder, prompt, embeds, repetition_penalty=float("nan"), **RULES)
 
@@ -144,7 +147,7 @@ def test_places_are_filled_from_as_many_batches_as_it_takes(model, prompt, embed
 
     def run(batch_size):
         taken.clear()
-        batches = ((part,) for part in embeds.split(2))
+        batches = ((part, None) for part in embeds.split(2))
         return dict(stream(model.text_decoder, prompt, batches, rules, batch_size))
 
     def counted(self, most):
@@ -153,17 +156,13 @@ def test_places_are_filled_from_as_many_batches_as_it_takes(model, prompt, embed
         return chosen
 
     monkeypatch.setattr(Waiting, "take", counted)
-    for batch_size, first in ((None, 2), (3, 3), (5, 5), (128, 7)):
+    for batch_size, first in ((None, 7), (3, 3), (5, 5), (128, 7)):
         texts = run(batch_size)
         assert taken[0] == first and sum(taken) == 7
         assert [texts[i][0] for i in range(7)] == [[t for t in row if t != PAD] for row in expected.tolist()]
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_running_out_of_memory_while_batches_are_joined_loses_no_image(
-    model, prompt, embeds, mixed, monkeypatch
-):
-    """And a batch with a mask, or of images of other sizes, is not joined with one of another kind."""
+def test_running_out_of_memory_while_batches_are_joined_loses_no_image(model, prompt, embeds, monkeypatch):
     expected = generate(model.text_decoder, prompt, embeds, num_beams=3, **RULES)
     together, calls = Chosen.together, []
 
@@ -174,15 +173,44 @@ def test_running_out_of_memory_while_batches_are_joined_loses_no_image(
         return together(several)
 
     monkeypatch.setattr(Chosen, "together", short_of_memory)
-    everything = torch.ones(1, embeds.shape[1], dtype=torch.long)
-    batches = [(one, everything) if mixed and i == 6 else (one,) for i, one in enumerate(embeds.split(1))]
-    if mixed:  # decoded with the others, which have no mask, it could not be
-        with pytest.raises(ValueError):
-            list(stream(model.text_decoder, prompt, batches, Rules(num_beams=3, **RULES), 8))
-        return
+    batches = [(one, None) for one in embeds.split(1)]
     texts = dict(stream(model.text_decoder, prompt, batches, Rules(num_beams=3, **RULES), 8))
     assert calls[:3] == [7, 3, 1]
     assert [texts[i][0] for i in range(7)] == [[t for t in row if t != PAD] for row in expected.tolist()]
+
+
+def test_images_of_other_sizes_or_with_a_mask_do_not_go_with_those_before(model, prompt, embeds):
+    everything = torch.ones(1, embeds.shape[1], dtype=torch.long)
+    for other in ((embeds[:1], everything), (embeds[:1, :9], None)):
+        batches = [(embeds[:2], None), other]
+        with pytest.raises(ValueError, match="Image 2 has states of shape .* those before have"):
+            list(stream(model.text_decoder, prompt, batches, Rules(num_beams=3, **RULES), 8))
+
+
+def test_states_of_another_dtype_are_cast(model, prompt, embeds):
+    for how in (
+        {"num_beams": 3, "max_length": 9},
+        {"num_beams": 3},
+    ):  # image tokens as they are, keys and values
+        expected = generate(model.text_decoder, prompt, embeds.bfloat16().float(), **RULES | how)
+        assert torch.equal(generate(model.text_decoder, prompt, embeds.bfloat16(), **RULES | how), expected)
+
+
+def test_a_cpu_that_has_no_memory_left_is_understood(model, monkeypatch):
+    images = torch.randn(3, 3, 32, 32)
+    expected = model.generate(images, num_beams=2, max_length=20, min_length=5)
+    encoder, forward = model.visual_encoder, model.visual_encoder.forward
+
+    def short_of_memory(x):
+        if len(x) > 1:
+            torch.empty(2**60)
+        return forward(x)
+
+    monkeypatch.setattr(encoder, "forward", short_of_memory)
+    assert model.generate(images, num_beams=2, max_length=20, min_length=5) == expected
+    monkeypatch.setattr(encoder, "forward", lambda x: images + torch.zeros(2))
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model.generate(images)
 
 
 def test_running_out_of_memory_for_the_encoder_halves_its_batch(model, monkeypatch):

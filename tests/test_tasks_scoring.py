@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blipfast.models.blip_itm import BLIP_ITM
+from blipfast.models.vit import VisionTransformer
 from blipfast.tasks.scoring import UNSCORED, Collection
 
 TEXTS = ["a cat", "a small dog on the beach", "two birds", "the sea", "an apple"]
@@ -91,6 +92,47 @@ def test_little_memory_and_small_passes_change_no_score(small, images, monkeypat
     assert sizes[:3] == [8, 4, 2] and set(sizes[3:]) <= {1, 2}
     _, one_by_one = collection(small, images, pairs=1)
     torch.testing.assert_close(one_by_one.rerank(k=3).i2t, expected.i2t, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_pass_meets_no_more_pictures_than_a_batch_has(small, images):
+    _, found = collection(small, images)
+    expected, score, met = found.rerank(k=1), found.score, []
+    found.score = lambda image, text: met.append(len(set(image.tolist()))) or score(image, text)
+    assert torch.equal(found.rerank(k=1).i2t, expected.i2t)
+    assert max(met) == 2 and sum(met) == 4
+
+
+@torch.no_grad()
+def test_encoding_goes_on_in_halves_where_memory_runs_out(small, images, monkeypatch):
+    _, found = collection(small, images)
+    encode, read = VisionTransformer.forward, BLIP_ITM.text_features
+
+    def short_of_memory(function, largest):
+        def call(self, batch):
+            if len(batch) > largest:
+                raise torch.OutOfMemoryError("pretended")
+            return function(self, batch)
+
+        return call
+
+    monkeypatch.setattr(VisionTransformer, "forward", short_of_memory(encode, 1))
+    monkeypatch.setattr(BLIP_ITM, "text_features", short_of_memory(read, 2))
+    _, poor = collection(small, images)
+    torch.testing.assert_close(poor.similarity, found.similarity, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_what_cannot_be_ranked_is_named(small, images):
+    _, found = collection(small, images)
+    for k, score in ((0, "itm"), (-1, "itm"), (2, "cosine")):
+        with pytest.raises(ValueError, match=f"k must be 1 or more.*got {k}, '{score}'"):
+            found.rerank(k, score)
+    with pytest.raises(ValueError, match="Nothing belongs to query 1"):
+        found.itm_accuracy([[0, 4], [], [2], [3]])
+    images[2, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="Image 2 gives states that are not finite"):
+        collection(small, images)
 
 
 def test_a_collection_needs_pictures_and_texts(small, images):

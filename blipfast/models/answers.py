@@ -3,9 +3,15 @@
 Row 0 of a question's tree is [DEC]; every other row is a token that goes on from its parent, and sees it, the parent's
 parent, and so on up to [DEC]. A row predicts the next tokens of all candidates that pass through it. An answer's last
 token, [SEP], is predicted and never read. Losses are those of training each candidate alone, to rounding.
+
+All rows of a tree meet in its attention. So that cost grows with the candidates and not with their square, a tree has
+at most `CANDIDATES` of them, neighbours in alphabetical order, and a question as many trees as it takes; and so that
+memory does not grow, trees go through the decoder some at a time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -15,18 +21,22 @@ from .med import BertLMHeadModel
 from .packed import ImageStates, Part, run
 from .packing import Ragged
 
+CANDIDATES = 256  # of a tree
+ROWS = {"cpu": 4096, "cuda": 65536}  # of trees that go through the decoder together
 HEAD_ROWS = 512  # rows of logits held at a time
 
 
 class Tree:
-    """The prefix tree of candidate answers (token ids, [DEC] first)."""
+    """The prefix tree of some of a question's candidate answers (token ids, [DEC] first)."""
 
-    def __init__(self, answers: list[list[int]]):
-        """Raises ValueError for an answer of fewer than two tokens."""
-        self.tokens, self.parents, self.depths = [answers[0][0]], [-1], [0]
+    def __init__(self, question: int, answers: list[list[int]], chosen: list[int]):
+        """chosen: which of the answers. Raises ValueError for an answer of fewer than two tokens."""
+        self.question = question
+        self.tokens, self.parents, self.depths = [answers[chosen[0]][0]], [-1], [0]
         self.edges: list[tuple[int, int, int]] = []  # candidate, row, the token that the row must predict
         children: dict[tuple[int, int], int] = {}
-        for candidate, answer in enumerate(answers):
+        for candidate in chosen:
+            answer = answers[candidate]
             if len(answer) < 2:
                 raise ValueError(f"Answer {candidate} has no token after [DEC]: {answer}.")
             row = 0
@@ -52,6 +62,25 @@ class Tree:
         return table
 
 
+def trees_of(answers: list[list[list[int]]]) -> Iterator[Tree]:
+    """Of each question's candidates, as few as `CANDIDATES` allows."""
+    for question, candidates in enumerate(answers):
+        order = sorted(range(len(candidates)), key=candidates.__getitem__)
+        for start in range(0, len(order), CANDIDATES):
+            yield Tree(question, candidates, order[start : start + CANDIDATES])
+
+
+def together(trees: Iterator[Tree], most: int) -> Iterator[list[Tree]]:
+    """Trees of at most so many rows in all, or one that has more."""
+    some: list[Tree] = []
+    for tree in trees:
+        if some and sum(len(each.tokens) for each in [*some, tree]) > most:
+            yield some
+            some = []
+        some.append(tree)
+    yield some
+
+
 @torch.no_grad()
 def answer_losses(
     decoder: BertLMHeadModel, images: ImageStates, answers: list[list[list[int]]]
@@ -60,8 +89,16 @@ def answer_losses(
 
     images: what the decoder cross-attends to, one entry a question. answers: each question's candidates.
     """
-    trees = [Tree(candidates) for candidates in answers]
     device = images.layers[0][0].device
+    sums = torch.zeros(len(answers), max(map(len, answers)), device=device)
+    for trees in together(trees_of(answers), ROWS.get(device.type, ROWS["cuda"])):
+        add_losses(sums, decoder, images, trees)
+    return [row[: len(candidates)] for row, candidates in zip(sums, answers)]
+
+
+def add_losses(sums: Tensor, decoder: BertLMHeadModel, images: ImageStates, trees: list[Tree]) -> None:
+    """Add the losses of trees' rows to those of the candidates, sums [questions, K]."""
+    device = sums.device
     text = Ragged.of([tree.tokens for tree in trees], device)
     text.rows.position = torch.tensor([d for tree in trees for d in tree.depths]).to(
         device, non_blocking=True
@@ -69,13 +106,15 @@ def answer_losses(
     longest = int(text.rows.lengths.max())
     sees = np.stack([tree.sees(longest) for tree in trees])
     sees = torch.from_numpy(sees).to(device, non_blocking=True)
-    states = run([Part(decoder.bert, text, sees=sees)], images)[0]
+    states = run([Part(decoder.bert, text, sees=sees)], images, [[tree.question for tree in trees]])[0]
 
-    offsets = text.rows.first
-    edges = [(b, c, offsets[b] + row, token) for b, tree in enumerate(trees) for c, row, token in tree.edges]
+    edges = [
+        (tree.question, candidate, first + row, token)
+        for first, tree in zip(text.rows.first, trees)
+        for candidate, row, token in tree.edges
+    ]
     edges.sort(key=lambda edge: edge[2])
     table = np.array(edges, np.int64)
-    sums = torch.zeros(len(trees), max(map(len, answers)), device=device)
     smoothing = decoder.config.label_smoothing
     for start in range(0, len(states), HEAD_ROWS):
         logits = decoder.cls(states[start : start + HEAD_ROWS]).float()
@@ -87,4 +126,3 @@ def answer_losses(
         common = logits.logsumexp(1) - smoothing * logits.mean(1)
         losses = common[row] - (1 - smoothing) * logits[row, token]
         sums.index_put_((question, candidate), losses, accumulate=True)
-    return [row[: len(candidates)] for row, candidates in zip(sums, answers)]

@@ -18,6 +18,7 @@ from . import recorded
 from .checkpoint import is_url, load_checkpoint
 from .generation import Rules, generate, stream
 from .med import BertConfig, BertLMHeadModel, BertModel
+from .out_of_memory import in_halves
 from .packed import image_states, language_loss, language_part, run
 from .packing import Ragged
 from .vit import create_vit
@@ -91,6 +92,8 @@ class BLIP_Base(nn.Module):
         if mode == "text":
             out = self.text_encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
             return out.last_hidden_state
+        if len(image) != len(text.input_ids):
+            raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(text.input_ids)}.")
         out = self.text_encoder(
             start_with(text.input_ids, self.tokenizer.enc_token_id),
             attention_mask=text.attention_mask,
@@ -171,7 +174,7 @@ class BLIP_Decoder(nn.Module):
         ids = generate(
             self.text_decoder,
             self.prompt_ids(image.device),
-            image_embeds=self.visual_encoder(image),
+            image_embeds=in_halves(self.visual_encoder, image),
             **self.rules(sample, num_beams, repetition_penalty),
             max_length=max_length,
             min_length=min_length,
@@ -194,13 +197,13 @@ class BLIP_Decoder(nn.Module):
         """Captions of many pictures, in batches [B, 3, S, S] of any number: a list for each picture, in order.
 
         A picture whose captions are finished leaves, and the next takes its place. batch_size: pictures decoded at a
-        time; unless given, those of a batch on a CPU, and 128 of 3 beams on a GPU if that takes no more than a quarter
-        of its free memory, which is kept for the next call (see `recorded`). Where memory runs out for a batch or for
-        these, they are halved. Other `rules`: as of `generate`.
+        time; unless given, those of a batch on a CPU, 8 at least, and 128 of 3 beams on a GPU if that takes no more
+        than a quarter of its free memory, which is kept for the next call (see `recorded`). Where memory runs out for
+        a batch or for these, they are halved. Other `rules`: as of `generate`.
         """
         prompt = self.prompt_ids(self.text_decoder.cls.predictions.bias.device)
         rules = Rules.of(len(prompt), **self.rules(sample, num_beams, repetition_penalty), **rules)
-        encoded = ((in_halves(self.visual_encoder, images),) for images in batches)
+        encoded = ((in_halves(self.visual_encoder, images), None) for images in batches)
         early: dict[int, list[str]] = {}
         due = 0
         for number, texts in stream(self.text_decoder, prompt, encoded, rules, batch_size):
@@ -227,16 +230,6 @@ class BLIP_Decoder(nn.Module):
         """Token ids as text, without the prompt."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text[self.prompt_width :].lstrip() for text in texts]
-
-
-def in_halves(encoder: nn.Module, images: Tensor) -> Tensor:
-    """encoder(images), in halves and halves of these where memory runs out. Raises torch.OutOfMemoryError for one."""
-    try:
-        return encoder(images)
-    except torch.OutOfMemoryError:
-        if len(images) == 1:
-            raise
-    return torch.cat([in_halves(encoder, half) for half in images.chunk(2)])
 
 
 def blip_decoder(pretrained="", allow_random=(), **kwargs) -> BLIP_Decoder:

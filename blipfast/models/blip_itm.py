@@ -9,7 +9,7 @@ from blipfast.text import init_tokenizer
 
 from .blip import load_complete, text_config, token_ids
 from .med import BertModel
-from .packed import ImageStates, first_states, image_states
+from .packed import ImageStates, first_states, image_states, in_dtype_of
 from .packing import Ragged
 from .vit import create_vit
 
@@ -54,7 +54,8 @@ class BLIP_ITM(nn.Module):
 
     def image_features(self, image_embeds: Tensor) -> Tensor:
         """Projected, normalised features [B, E] of image states [B, N, D_v]."""
-        return F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        class_state = in_dtype_of(self.vision_proj, image_embeds[:, 0])
+        return F.normalize(self.vision_proj(class_state), dim=-1)
 
     def text_features(self, texts: list[list[int]]) -> Tensor:
         """Projected, normalised features [B, E] of token ids."""
@@ -94,6 +95,8 @@ class BLIP_ITM(nn.Module):
             images = self.image_states(self.visual_encoder(image))
             of = [0] * pairs if len(image) == 1 else None
             return self.match(images, texts * (pairs // len(texts)), of)
+        if not len(image) or not texts:
+            raise ValueError(f"There must be pictures and captions, got {len(image)} and {len(texts)}.")
         image_feat = self.image_features(self.visual_encoder(image, class_only=True))
         return image_feat @ self.text_features(texts).t()
 

@@ -55,6 +55,10 @@ class BLIP_NLVR(nn.Module):
         pair_of: list[int] | None = None,
     ) -> Tensor:
         texts = token_ids(self.tokenizer, text, self.text_encoder.config)
+        if train and targets is None:
+            raise ValueError("Training needs targets, 1 for each sentence that is true and 0 for the others.")
+        if pair_of is not None and (len(pair_of) != len(texts) or not texts or min(pair_of) < 0):
+            raise ValueError(f"pair_of must give each of {len(texts)} sentences a pair, got {pair_of}.")
         pairs = len(texts) if pair_of is None else 1 + max(pair_of)
         if len(image) != 2 * pairs:
             raise ValueError(f"{len(texts)} sentences need {2 * pairs} pictures, got {len(image)}.")

@@ -108,7 +108,7 @@ class BLIP_Pretrain(MomentumModel):
         if self.negative_all_rank:
             keys_i, keys_t, key_id = (gather.concat_all_gather(x) for x in (keys_i, keys_t, key_id))
         own = torch.arange(B, device=device) + (gather.rank() * B if self.negative_all_rank else 0)
-        same = F.one_hot(own, len(key_id)).bool()
+        same = own[:, None] == torch.arange(len(key_id), device=device)
         positives = {"own": own}
         if self.duplicates == "positive":
             same = same | (caption_id[:, None] == key_id[None])

@@ -61,9 +61,13 @@ class BLIP_Retrieval(MomentumModel):
         self.temp = nn.Parameter(0.07 * torch.ones([]))
 
     def forward(self, image: Tensor, caption: list[str], alpha: float, idx: Tensor) -> tuple[Tensor, Tensor]:
+        texts = token_ids(self.tokenizer, caption, self.text_encoder.config, MAX_TOKENS)
+        if not len(image) == len(texts) == idx.numel():
+            raise ValueError(
+                f"{len(image)} pictures need as many captions and idx, got {len(texts)} and {idx.numel()}."
+            )
         self.begin_forward()
         device = image.device
-        texts = token_ids(self.tokenizer, caption, self.text_encoder.config, MAX_TOKENS)
         text = Ragged.of(texts, device)
         image_embeds = self.visual_encoder(image)
         image_feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)

@@ -14,6 +14,7 @@ from .med import BertConfig, BertLMHeadModel, BertModel
 from .packed import (
     ImageStates,
     all_states,
+    check_finite,
     image_states,
     language_loss,
     language_part,
@@ -74,6 +75,7 @@ class BLIP_VQA(nn.Module):
         k_test: int = 128,
         image_of: list[int] | None = None,
     ):
+        self.check(image, question, image_of)
         image_embeds = self.visual_encoder(image)
         if not train and inference == "generate" and self.compat == "official":
             return self.generate_answer(*self.padded_question_states(image_embeds, question, image_of))
@@ -89,6 +91,21 @@ class BLIP_VQA(nn.Module):
         if inference != "rank":
             raise ValueError(f'inference must be "rank" or "generate", got {inference!r}.')
         return self.rank(questions, self.encode_answers(answer), k_test)
+
+    @staticmethod
+    def check(image: Tensor, question: str | list[str], image_of: list[int] | None) -> None:
+        """Raises ValueError unless every question has a picture."""
+        count = 1 if isinstance(question, str) else len(question)
+        if image_of is None and len(image) != count:
+            raise ValueError(
+                f"{count} questions need as many pictures, got {len(image)}; or say by image_of which each is about."
+            )
+        if image_of is not None and (
+            len(image_of) != count or not all(0 <= i < len(image) for i in image_of)
+        ):
+            raise ValueError(
+                f"image_of must give each of {count} questions one of {len(image)} pictures, got {image_of}."
+            )
 
     def padded_question_states(
         self, image_embeds: Tensor, question: list[str], image_of: list[int] | None = None
@@ -106,6 +123,8 @@ class BLIP_VQA(nn.Module):
 
     def encode_answers(self, answer) -> list[list[int]]:
         """Token ids of answers with [DEC] first, from strings or from their padded encoding."""
+        if answer is None:
+            raise ValueError("There are no answers: give strings, or their encoding.")
         if hasattr(answer, "input_ids"):
             rows = zip(answer.input_ids.tolist(), answer.attention_mask.sum(1).tolist())
             return [ids[:length] for ids, length in rows]
@@ -114,6 +133,8 @@ class BLIP_VQA(nn.Module):
 
     def answer_loss(self, questions: ImageStates, answer, n: list[int], weights: Tensor) -> Tensor:
         """Weighted sum of the answers' LM losses, divided by the number of questions."""
+        if n is None or weights is None:
+            raise ValueError("Training needs `n`, how many answers each question has, and their `weights`.")
         if sum(n) != len(weights) or len(n) != len(questions):
             raise ValueError(
                 f"n must count the answers of each of {len(questions)} questions and sum to {len(weights)} weights; "
@@ -154,12 +175,17 @@ class BLIP_VQA(nn.Module):
         """Index [B] of the likeliest answer: k candidates by their first token, then by the whole answer's loss.
 
         answers: token ids, [DEC] first. k is cut to their number. The loss is the training one, label smoothing
-        included.
+        included. Raises ValueError without answers, for k below 1, and for states that are not finite.
         """
+        if not answers or k < 1:
+            raise ValueError(
+                f"Ranking needs answers and k of at least 1, got {len(answers)} answers and k {k}."
+            )
         device = self.text_decoder.cls.predictions.bias.device
         B, k = len(questions), min(k, len(answers))
         start = Ragged.of([answers[0][:1]] * B, device)
         first = self.text_decoder.cls(all_states(self.text_decoder.bert, start, questions)).float().softmax(1)
+        check_finite(first, range(B), "Question")
         beginnings = torch.tensor([answer[1] for answer in answers]).to(device, non_blocking=True)
         top = first[:, beginnings].topk(k, dim=1).indices
         candidates = [[answers[i] for i in row] for row in top.tolist()]

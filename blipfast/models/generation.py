@@ -11,6 +11,7 @@ are does not depend on its neighbours. On a GPU a step is recorded once and then
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,9 +22,12 @@ from . import recorded
 from .decoding import Decoding, text_rows
 from .image_memory import image_memory
 from .med import BertConfig, BertLMHeadModel
+from .out_of_memory import ERRORS, is_out_of_memory
+from .packed import check_finite
 from .search import BeamSearch, Draws
 
 ROWS = 384  # of texts at a time on a GPU, whose step for so many takes hardly longer than one for few
+FEWEST = 8  # images at a time on a CPU, which takes three times as long for one alone
 TOP_K = 50  # official sampling also keeps only the 50 likeliest tokens (transformers' default)
 
 
@@ -63,6 +67,9 @@ class Rules:
     def check(self, prompt_length: int, config: BertConfig) -> None:
         """Raises ValueError for rules that cannot be met."""
         vocab_size = config.vocab_size
+        for name in ("max_length", "min_length", "num_beams", "top_k", "num_return"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
         if self.max_length > config.max_position_embeddings:
             raise ValueError(
                 f"max_length {self.max_length} exceeds the model's {config.max_position_embeddings} positions."
@@ -77,6 +84,8 @@ class Rules:
             raise ValueError(
                 f"num_beams must be between 1 and half of the {vocab_size - 1} tokens that go on, got {self.num_beams}."
             )
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be a finite number, got {self.length_penalty}.")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.top_k < 1:
@@ -113,9 +122,8 @@ def generate(
     rules = Rules.of(len(prompt), **rules)
     if not len(image_embeds):
         raise ValueError("There are no images to write texts for.")
-    masks = [None] if image_mask is None else [image_mask]
     batch_size = len(image_embeds) if batch_size is None else batch_size
-    texts = dict(stream(decoder, prompt, [(image_embeds, *masks)], rules, batch_size))
+    texts = dict(stream(decoder, prompt, [(image_embeds, image_mask)], rules, batch_size))
     rows = [ids for i in range(len(image_embeds)) for ids in texts[i]]
     width = max(map(len, rows))
     padded = [ids + [rules.pad_token_id] * (width - len(ids)) for ids in rows]
@@ -144,8 +152,8 @@ def stream(
         enough = True
         try:
             yield from decode(decoder, prompt, waiting, rules, batch_size)
-        except torch.OutOfMemoryError:
-            if batch_size == 1 or waiting.broken:
+        except ERRORS as error:
+            if not is_out_of_memory(error) or batch_size == 1 or waiting.broken:
                 raise
             enough = False
         if not enough:  # only now is free what the error's traceback held
@@ -160,11 +168,11 @@ def stream(
 def places(decoder: BertLMHeadModel, prompt: Tensor, embeds: Tensor, rules: Rules) -> int:
     """How many images to decode at a time, which come in batches like `embeds`.
 
-    On a CPU one batch. On a GPU as many as have `ROWS` texts, 128 of 3 beams, if keys and values of theirs take no more
-    than a quarter of the memory that is free.
+    On a CPU one batch, but not fewer than 8. On a GPU as many as have `ROWS` texts, 128 of 3 beams, if keys and values
+    of theirs take no more than a quarter of the memory that is free.
     """
     if not embeds.is_cuda:
-        return len(embeds)
+        return max(len(embeds), FEWEST)
     config, rows = decoder.config, search_of(rules).rows(rules)
     tokens = embeds.shape[1] + text_rows(rows, len(prompt), rules.max_length)
     each = 2 * config.num_hidden_layers * config.hidden_size * tokens * embeds.element_size()
@@ -215,11 +223,6 @@ class Chosen:
         tensors = (self.embeds, self.mask, self.draws)
         return Chosen(self.numbers[here], *(None if x is None else x[here] for x in tensors))
 
-    def like(self, other: Chosen) -> bool:
-        """Whether both fit into one batch."""
-        masks = (self.mask is None) == (other.mask is None)
-        return masks and self.embeds.shape[1:] == other.embeds.shape[1:]
-
     @staticmethod
     def together(several: list[Chosen]) -> Chosen:
         if len(several) == 1:
@@ -236,6 +239,7 @@ class Waiting:
         self.batches, self.rules = batches, rules
         self.broken = False  # who makes the batches cannot go on
         self.count = 0  # images seen so far
+        self.kind: tuple | None = None  # shape of an image's states, and whether they have a mask
         self.largest = 0  # number of images taken at a time so far
         self.queue: list[Chosen] = []
         self.running: dict[int, Chosen] = {}
@@ -244,23 +248,27 @@ class Waiting:
         """Whether an image waits; takes the next batch if none does."""
         try:
             while not self.queue:
-                embeds, *mask = next(self.batches)
+                embeds, mask = next(self.batches)
                 if len(embeds):
-                    self.add(embeds, mask[0] if mask else None)
+                    self.add(embeds, mask)
         except StopIteration:
             return False
-        except torch.OutOfMemoryError:
-            self.broken = True
+        except ERRORS as error:
+            self.broken = is_out_of_memory(error)
             raise
         return True
 
     def add(self, embeds: Tensor, mask: Tensor | None) -> None:
-        """Let a batch wait. Raises ValueError for states that are not finite."""
-        finite = embeds.flatten(1).isfinite().all(1)
-        if not finite.all():
-            number = self.count + int(finite.logical_not().nonzero()[0])
-            raise ValueError(f"Image {number} gives states that are not finite: is there NaN in its pixels?")
+        """Let a batch wait. Raises ValueError for states that are not finite, and for others than before."""
         numbers = list(range(self.count, self.count + len(embeds)))
+        check_finite(embeds, numbers)
+        kind = (tuple(embeds.shape[1:]), mask is not None)
+        self.kind = self.kind or kind
+        if kind != self.kind:
+            raise ValueError(
+                f"Image {self.count} has states of shape {kind[0]}, those before have {self.kind[0]}; "
+                "pictures of one size go together, all with a mask or none."
+            )
         self.count += len(embeds)
         # drawn in the order of the images, so that texts do not depend on who is decoded with whom
         draws = None
@@ -269,9 +277,9 @@ class Waiting:
         self.queue.append(Chosen(numbers, embeds, mask, draws))
 
     def take(self, most: int) -> Chosen:
-        """Up to `most` images of those that wait longest, of as many batches as it takes and as are alike."""
+        """Up to `most` images of those that wait longest, of as many batches as it takes."""
         taken: list[Chosen] = []
-        while most and self.more() and (not taken or self.queue[0].like(taken[0])):
+        while most and self.more():
             batch = self.queue.pop(0)
             taken.append(batch.part(slice(0, most)))
             rest = batch.part(slice(most, None))

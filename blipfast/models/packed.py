@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import Layout, apart, attention, attention_varlen
+from blipfast.ops.launch import autocast_dtype
 from blipfast.ops.linear import is_plain, linear
 from blipfast.ops.linear_cross_entropy import linear_cross_entropy
 from blipfast.ops.seeds import drawn_together
@@ -56,10 +57,24 @@ def image_states(
     images "self0" and "self1").
     """
     blocks = [getattr(layer.crossattention, name) for layer in encoder.layer]
+    image_embeds = in_dtype_of(encoder, image_embeds)
     mask = None if mask is None else mask.bool()
     if torch.is_grad_enabled():
         return ImageStates(KeysWhenRead(blocks, image_embeds), mask)
     return ImageStates(project(blocks, image_embeds), mask)
+
+
+def in_dtype_of(module: nn.Module, states: Tensor) -> Tensor:
+    """States in the dtype of a module that reads them; under autocast as they are, because it casts them."""
+    return states if autocast_dtype(states) else states.to(next(module.parameters()).dtype)
+
+
+def check_finite(states: Tensor, numbers: Sequence[int], what: str = "Image") -> None:
+    """Raises ValueError naming the first of these numbers whose states (or features) [B, ...] are not finite."""
+    finite = states.flatten(1).isfinite().all(1)
+    if not finite.all():
+        number = numbers[int(finite.logical_not().nonzero()[0])]
+        raise ValueError(f"{what} {number} gives states that are not finite: is there NaN in its pixels?")
 
 
 def project(blocks: list[BertSelfAttention], image_embeds: Tensor) -> list[tuple[Tensor, ...]]:

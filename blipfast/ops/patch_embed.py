@@ -102,7 +102,11 @@ def _torch(images, weight, bias, cls, pos, out):
     """
     (B, C, height, width), P = images.shape, weight.shape[-1]
     if images.device.type == "cpu" and weight.dtype == torch.float32 and cpu_is_amd():
-        x = F.conv2d(images.to(weight.dtype), weight, bias.to(weight.dtype), stride=P).flatten(2).transpose(1, 2)
+        x = (
+            F.conv2d(images.to(weight.dtype), weight, bias.to(weight.dtype), stride=P)
+            .flatten(2)
+            .transpose(1, 2)
+        )
         return (torch.cat([cls.to(x.dtype).expand(B, 1, -1), x], 1) + pos).to(out)
     grid = (height // P, width // P)
     patches = images.reshape(B, C, grid[0], P, grid[1], P).permute(0, 2, 4, 1, 3, 5)

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from blipfast.metrics import check_truths
 from blipfast.models import gather
 from blipfast.models.blip_itm import BLIP_ITM
 from blipfast.models.momentum import hard_negatives
-from blipfast.models.packed import begin
+from blipfast.models.out_of_memory import ERRORS, in_halves, is_out_of_memory
+from blipfast.models.packed import begin, check_finite
 
 from .sharing import my_share
 
@@ -40,9 +42,9 @@ class Scores:
 class Collection:
     """The encoded pictures (this rank's share) and texts of a test set.
 
-    Memory: 12 bytes a (picture, text) pair for the scores, one pass of `pairs`, and `memory` bytes of states: those of
-    texts on the device if all fit (COCO's 25,010: 0.5 GB in bf16), then those of pictures on the CPU. Where a device
-    has not enough for a pass, the pass is halved, with the same results.
+    Memory: 18 bytes a (picture, text) pair for the scores, one pass of `pairs` that meet up to `batch_size` pictures,
+    and `memory` bytes of states: those of texts on the device if all fit (COCO's 25,010: 0.5 GB in bf16), then those of
+    pictures on the CPU. Where there is not enough for a batch or a pass, it is halved, with the same results.
     """
 
     def __init__(
@@ -58,7 +60,10 @@ class Collection:
         pairs: int | None = None,
         progress: bool = False,
     ):
-        """load(indices): those of the `images` pictures, [B, 3, S, S]. Raises ValueError without pictures or texts."""
+        """load(indices): those of the `images` pictures, [B, 3, S, S].
+
+        Raises ValueError without pictures or texts, and for a picture that gives numbers that are not finite.
+        """
         if not images or not texts:
             raise ValueError(f"Retrieval needs pictures and texts; there are {images} and {len(texts)}.")
         self.model, self.load, self.device = model, load, device
@@ -76,17 +81,18 @@ class Collection:
         for indices in self.bar(list(chunks(self.share, batch_size)), "encoding pictures"):
             states = self.encode(indices)
             features.append(model.image_features(states).float())
+            check_finite(features[-1], indices)
             size = states[0].numel() * states.element_size()
             kept = max(0, int(memory // size) - len(self.states))
             self.states |= zip(indices[:kept], states[:kept].cpu())
         parts = chunks(ids, max(1, self.pairs // 4))
-        text_features = torch.cat([model.text_features(part).float() for part in parts])
+        text_features = torch.cat([in_halves(model.text_features, part).float() for part in parts])
         width = text_features.shape[1]
         own = torch.cat(features) if features else text_features.new_zeros(0, width)
         self.similarity = all_rows(own @ text_features.t(), images)
 
     def encode(self, indices: list[int]) -> Tensor:
-        return self.model.visual_encoder(self.load(indices).to(self.device))
+        return in_halves(lambda some: self.model.visual_encoder(some.to(self.device)), self.load(indices))
 
     def states_of(self, indices: list[int]) -> Tensor:
         """Picture states [B, N, D_v] on the device, from memory or from the pictures."""
@@ -101,22 +107,25 @@ class Collection:
         counts = [len(texts) for texts in wanted.values()]
         image = np.repeat(np.fromiter(wanted, np.int64, len(wanted)), counts)
         text = np.concatenate([np.asarray(texts, np.int64) for texts in (*wanted.values(), [])])
+        ends = np.cumsum(counts)  # of each picture's pairs
         logits = torch.empty(
             len(text), 2, device=self.device
         )  # brought to the CPU at the end: passes do not wait
         bar = self.bar(None, "reranking", total=len(text))
         start, pairs = 0, self.pairs
         while start < len(text):
-            here = slice(start, start + pairs)
+            last = min(np.searchsorted(ends, start, side="right") + self.batch_size, len(ends)) - 1
+            end = min(start + pairs, int(ends[last]))
+            here = slice(start, end)
             try:
                 logits[here] = self.score(image[here], text[here])
-            except torch.OutOfMemoryError:
-                if pairs == 1:
+            except ERRORS as error:
+                if end - start == 1 or not is_out_of_memory(error):
                     raise
-                pairs = max(1, pairs // 2)
+                pairs = max(1, (end - start) // 2)
                 continue
-            bar.update(len(text[here]))
-            start += pairs
+            bar.update(end - start)
+            start = end
         bar.close()
         return dict(zip(wanted, logits.cpu().split(counts), strict=True))
 
@@ -127,7 +136,14 @@ class Collection:
         return self.model.match(states, self.texts.pick(text), order.tolist())
 
     def rerank(self, k: int, score: str = "itm+itc") -> Scores:
-        """Scores on each picture's and text's `k` nearest (at most all): by "itm+itc" (official), "itm" or "itc"."""
+        """Scores on each picture's and text's `k` nearest (at most all): by "itm+itc" (official), "itm" or "itc".
+
+        Raises ValueError for k below 1 and another score.
+        """
+        if k < 1 or score not in ("itm+itc", "itm", "itc"):
+            raise ValueError(
+                f'rerank: k must be 1 or more, score "itm+itc", "itm" or "itc"; got {k}, {score!r}.'
+            )
         if score == "itc":
             return Scores(self.similarity, self.similarity, self.similarity.t())
         for_image, for_text = nearest(self.similarity, k), nearest(self.similarity.t(), k)
@@ -141,17 +157,15 @@ class Collection:
         scores = all_rows(own.to(self.device), self.images)
         if score == "itm+itc":
             scores += self.similarity
-        return Scores(
-            self.similarity,
-            scores.masked_fill(~for_image, UNSCORED),
-            scores.t().masked_fill(~for_text, UNSCORED),
-        )
+        t2i = scores.t().masked_fill(~for_text, UNSCORED)
+        return Scores(self.similarity, scores.masked_fill_(~for_image, UNSCORED), t2i)
 
     def itm_accuracy(self, img2txt: list[list[int]], temperature: float = 0.07, seed: int = 0) -> float:
         """ITM accuracy on pairs made as in training: each true pair, a hard text and a hard picture for it.
 
-        Always answering "no match" gives 2 / 3.
+        Always answering "no match" gives 2 / 3. Raises ValueError for a picture without texts.
         """
+        check_truths(img2txt)
         truth = torch.zeros_like(self.similarity, dtype=torch.bool)
         for image, texts in enumerate(img2txt):
             truth[image, texts] = True
