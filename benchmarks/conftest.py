@@ -36,7 +36,7 @@ def contest(benchmark, capsys):
 
     Every round runs every contender once, so that a busy machine slows all of them alike. Prints items per second
     (median, 20 % and 80 % quantiles) and the ratio of each round's times to the first contender's; writes
-    results/NAME.csv; returns {label: median ratio}.
+    results/NAME.csv and, with matplotlib, NAME.png; returns {label: median ratio}.
     """
 
     def run(
@@ -56,16 +56,17 @@ def contest(benchmark, capsys):
         rows, ratios = [], {}
         for label, own in times.items():
             rate = spread([per / t for t in own])
-            ratio = spread([b / t for b, t in zip(base, own, strict=True)])
-            ratios[label] = ratio[1]
+            ratios[label] = ratio = spread([b / t for b, t in zip(base, own, strict=True)])
             rows.append([name, label, *(f"{value:.4g}" for value in (*rate, *ratio)), *versions().values()])
             with capsys.disabled():
                 print(f"\n  {label:32s} {rate[1]:7.0f}/s ({rate[0]:.0f} to {rate[2]:.0f})", end="")
                 print(f"   x{ratio[1]:.2f} ({ratio[0]:.2f} to {ratio[2]:.2f})", end="")
         rate_names = [f"{kind}_{q}" for kind in ("per_second", "ratio") for q in ("p20", "p50", "p80")]
         write(name, ["benchmark", "contender", *rate_names, *versions()], rows)
-        benchmark.extra_info.update({f"ratio {label}": round(ratio, 2) for label, ratio in ratios.items()})
-        return ratios
+        plot(name, ratios)
+        medians = {label: ratio[1] for label, ratio in ratios.items()}
+        benchmark.extra_info.update({f"ratio {label}": round(ratio, 2) for label, ratio in medians.items()})
+        return medians
 
     return run
 
@@ -97,6 +98,22 @@ def write(name: str, header: list[str], rows: list[list[str]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
+
+
+def plot(name: str, ratios: dict[str, tuple[float, float, float]]) -> None:
+    """results/NAME.png: how many times as fast as the first contender each is, with quantiles."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    low, middle, high = zip(*ratios.values())
+    errors = [[m - x for m, x in zip(middle, low)], [x - m for m, x in zip(middle, high)]]
+    figure, axes = pyplot.subplots(figsize=(6, 0.6 + 0.4 * len(ratios)), layout="constrained")
+    axes.barh(list(ratios), middle, xerr=errors, color="tab:blue", ecolor="black", capsize=3)
+    axes.invert_yaxis()
+    axes.set(xlabel=f"times as fast as {next(iter(ratios))}", title=name)
+    figure.savefig(RESULTS / f"{name}.png", dpi=120)
+    pyplot.close(figure)
 
 
 def forget_peak() -> None:

@@ -18,9 +18,11 @@ from benchmarks.cases import Case
 Functions = dict[str, Callable[[], object]]
 FLUSH = 256 * 2**20  # bytes written between two timings: more than any L2 cache holds
 OUT_OF_TIME = "not run: out of time"  # a row's note
+NO_TIME_LEFT = "the case's time is up"
 CYCLES = 2e9  # of a GPU's clock in a second, or fewer
 PATIENCE = 45.0  # seconds for a contender's first call, which builds and compiles
 LONG = 25.0  # times `seconds` may all rounds take where one takes more than a second
+LEAST = 4  # rounds of those, with that which warms up
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,27 @@ class Row:
     note: str = ""
 
 
-def measure(case: Case, device: str, ceiling: Ceiling, seconds: float = 0.4) -> list[Row]:
+def measure(
+    case: Case, device: str, ceiling: Ceiling, seconds: float = 0.4, limit: float = float("inf")
+) -> list[Row]:
     """A row for every contender; one that fails gets a note instead of times. Takes about `seconds` a contender.
 
     Every round runs each of them once, so that what slows the machine slows all alike. Of operations on a GPU, the L2
-    cache is overwritten before every call, outside the timing.
+    cache is overwritten before every call, outside the timing. limit: seconds in all; those that would leave too few
+    of them to time the ones before are passed over.
     """
+    deadline = time.monotonic() + limit
+    reserve = LONG * seconds  # what timing those that are ready will take
     rows, ready = {}, {}
     for label, function in case.setup().items():
         rows[label] = row = blank(case, label)
         try:
-            with at_most(PATIENCE):
+            with at_most(min(PATIENCE, deadline - reserve - time.monotonic())):
                 function()  # compiles what there is to compile
-            row.peak_mib = _peak_mib(function, device)
+                row.peak_mib, again = _second_call(function, device)
+            if time.monotonic() + reserve + LEAST * again > deadline:
+                raise TimeoutError(NO_TIME_LEFT)
+            reserve += LEAST * again
             ready[label] = function
         except Exception as error:  # one contender's trouble is not the others'
             row.note = explain(error)
@@ -113,10 +123,12 @@ def time_in_turn(
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """TimeoutError within the block once the time is up. For the main thread, on systems that have SIGALRM."""
+    """TimeoutError within the block once the time is up, or before it. For the main thread, where SIGALRM exists."""
+    if seconds <= 0:
+        raise TimeoutError(NO_TIME_LEFT)
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds:g} s")
+        raise TimeoutError(f"not done after {seconds:.3g} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -181,17 +193,20 @@ def _fill(row: Row, case: Case, own: list[float], fastest: list[float] | None, c
         row.ratio_p20, row.ratio_p50, row.ratio_p80 = spread(ratios)
 
 
-def _peak_mib(function: Callable[[], object], device: str) -> float | None:
-    """MiB that a call takes beyond what was there before it."""
-    if device != "cuda":
-        return None
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+def _second_call(function: Callable[[], object], device: str) -> tuple[float | None, float]:
+    """MiB of a GPU that a call takes beyond what was there before it; and its seconds."""
+    on_gpu = device == "cuda"
+    if on_gpu:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
     function()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if on_gpu:
+        torch.cuda.synchronize()
+    again = time.perf_counter() - start
+    return (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None, again
 
 
 def _rounds_on_gpu(functions: Functions, count: int) -> dict[str, list[float]]:

@@ -61,15 +61,29 @@ def rerank_texts(n: int) -> int:
 
 
 @torch.no_grad()
+def retrieve(n: int) -> int:
+    """10 n pictures and 50 n texts: ITC of all pairs, ITM of the 8 nearest both ways."""
+    model = blip_itm(**SIZE).eval()
+    texts = [f"{CAPTION} {i}" for i in range(50 * n)]
+    Collection(model, lambda i: torch.randn(len(i), 3, 128, 128), 10 * n, texts, "cpu").rerank(8)
+    return 10 * n
+
+
+@torch.no_grad()
 def rank_answers(n: int) -> int:
-    """One question, 20 n candidate answers of two words."""
+    """One question, 128 n candidate answers of one to three words that seldom begin alike."""
     model = blip_vqa(**SIZE).eval()
-    answers = [f"{a} {b}" for a in range(20) for b in range(100)][: 20 * n]
-    model(torch.randn(1, 3, 128, 128), ["what"], answers, train=False, inference="rank", k_test=20 * n)
-    return 20 * n
+    words = [
+        word for word in map(model.tokenizer.decode, [[i] for i in range(2000, 20000)]) if word.isalpha()
+    ]
+    chosen = torch.randint(len(words), (128 * n, 3), generator=torch.Generator().manual_seed(0)).tolist()
+    answers = [" ".join(words[j] for j in row[: 1 + i % 3]) for i, row in enumerate(chosen)]
+    how = dict(train=False, inference="rank", k_test=len(answers))
+    model(torch.randn(1, 3, 128, 128), ["what"], answers, **how)
+    return len(answers)
 
 
-WORK = {f.__name__: f for f in (caption_images, rerank_images, rerank_texts, rank_answers)}
+WORK = {f.__name__: f for f in (caption_images, rerank_images, rerank_texts, retrieve, rank_answers)}
 
 
 @pytest.mark.parametrize("name", WORK)

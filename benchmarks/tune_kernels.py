@@ -1,12 +1,13 @@
 """Finds the fastest configuration of each kernel on this GPU and rewrites kernels/tables/*.json.
 
-    python benchmarks/tune_kernels.py [--ops NAME ...] [--buckets TEXT ...] [--output FOLDER]
+    python benchmarks/tune_kernels.py [--ops NAME ...] [--buckets TEXT ...] [--budget SECONDS] [--output FOLDER]
 
 For every bucket that the cases of benchmarks/ops look up, all configurations of a grid (`GRIDS`) are tried: several
-processes compile them, then they are timed in turn over the bucket's cases, and the fastest is kept. One that does not
-compile, or whose results differ from the shipped one's by more than rounding, is passed over. In the end a bucket is
-marked `wins: false` where PyTorch is faster over those cases. Run `make aot` and the tests afterwards: they know the
-limits of the chips that are not here.
+processes compile them, then they are timed in turn over the bucket's cases, and the fastest is kept and written. One
+that does not compile, whose results differ from the shipped one's by more than rounding, or that `make aot` would
+refuse on this chip, is passed over. In the end a bucket is marked `wins: false` where what would serve in the kernel's
+place (`FALLBACKS`) is faster over those cases. Run `make aot` and the tests afterwards: they know the limits of the
+chips that are not here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -35,17 +37,16 @@ import torch  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.measure import close, explain, spread, tensors, time_in_turn  # noqa: E402
 from benchmarks.worker import collect  # noqa: E402
-from blipfast.kernels import table  # noqa: E402
+from blipfast.kernels import aot, table  # noqa: E402
 
 Config = dict[str, Any]
 Run = Callable[[], object]
-Task = tuple[int, str, Config]  # place of the case, bucket, configuration
 GRIDS: dict[str, dict[str, Sequence[int]]] = {
     "adamw": {"chunk": (8192, 16384, 32768, 65536), "block": (1024, 2048, 4096), "num_warps": (4, 8)},
     "attention": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
-    "beam_search": {"BLOCK": (1024, 2048, 4096), "num_warps": (1, 2, 4, 8)},
+    "beam_search": {"BLOCK": (2048, 4096), "num_warps": (2, 4, 8)},
     "cached_attention": {"BN": (16, 32, 64), "num_warps": (1, 2, 4), "num_stages": (1, 2)},
-    "contrastive": {"BM": (64, 128), "BN": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "contrastive": {"BM": (64, 128), "BN": (32, 64), "num_warps": (4, 8), "num_stages": (2, 3)},
     "gelu_gradient": {
         "ROWS": (8, 16, 32),
         "COLUMNS": (128, 256),
@@ -58,6 +59,14 @@ GRIDS: dict[str, dict[str, Sequence[int]]] = {
     "patch_embed": {"BN": (128, 256), "BK": (32, 64), "num_warps": (4, 8), "num_stages": (3, 4)},
 }
 FEW_ROWS = {"BM": (16, 32), "BN": (16, 32, 64), "num_warps": (1, 2, 4), "num_stages": (1, 2)}
+# The modes that are timed of a bucket that has others in training, or is looked up where it is not used; of the rest
+# mode forward alone, which tells more clearly what is the same in both, if it looks the bucket up.
+TIMED = {
+    "contrastive gradient": ("full",),
+    "contrastive small": ("forward", "full"),
+    "linear_cross_entropy softmax": ("forward", "full"),
+}
+FALLBACKS = ("ours torch", "sdpa")  # whom `backends` chooses where a kernel does not win
 SHOWN = 4  # configurations of a bucket that are printed with their times
 
 
@@ -137,37 +146,39 @@ class Tuning:
                 for bucket in self.trial.buckets_of(case.setup()["ours triton"]):
                     if not wanted or any(part in bucket for part in wanted):
                         self.of_bucket.setdefault(bucket, []).append(i)
-        for (
-            bucket,
-            own,
-        ) in self.of_bucket.items():  # what is the same forward is told more clearly without backward
-            plain = [i for i in own if self.cases[i].mode == "forward"]
-            self.of_bucket[bucket] = plain or own
+        for bucket, own in self.of_bucket.items():
+            timed = TIMED.get(f"{op} {bucket}", ("forward",))
+            self.of_bucket[bucket] = [i for i in own if self.cases[i].mode in timed] or own
 
-    def tasks(self) -> list[Task]:
-        """What there is to compile: every candidate, by the first case that would use it."""
-        return [
-            (own[0], bucket, config)
-            for bucket, own in self.of_bucket.items()
-            for config in candidates(self.op, bucket, self.trial.buckets[bucket])
-        ]
+    def tune(self, ahead: Ahead, folder: Path) -> None:
+        """Keep the fastest configuration of every bucket, and say where another is faster; write each as it is found.
 
-    def tune(self) -> None:
-        """Keep the fastest configuration of every bucket, and say where PyTorch is faster."""
+        A bucket for which the time is too short stays as it is.
+        """
+        tuned = []
         with self.trial:
             for bucket, own in self.of_bucket.items():
-                self.trial.buckets[bucket] = self.fastest(bucket, own)
-            for bucket, own in self.of_bucket.items():
-                ratio = geometric_mean(against_peers(self.cases[i].setup()) for i in own)
+                best = self.fastest(bucket, own, ahead)
+                if best is None:
+                    print(f"{self.op} {bucket}: left as it is, the time is up", flush=True)
+                    continue
+                self.trial.buckets[bucket] = best
+                self.trial.save(folder)
+                tuned.append(bucket)
+            for bucket in tuned:
+                ratio = geometric_mean(against_peers(self.cases[i].setup()) for i in self.of_bucket[bucket])
                 print(f"{self.op} {bucket}: the best other takes x{ratio:.3f} of our time", flush=True)
                 self.trial.buckets[bucket].pop("wins", None)
                 if ratio < 1:
                     self.trial.buckets[bucket]["wins"] = False
+                self.trial.save(folder)
 
-    def fastest(self, bucket: str, own: Sequence[int]) -> Config:
-        """The candidate with the least time, as a geometric mean over the cases; prints the best few."""
+    def fastest(self, bucket: str, own: Sequence[int], ahead: Ahead) -> Config | None:
+        """The candidate with the least time, as a geometric mean over the cases; prints the best few. None: no time."""
         every = candidates(self.op, bucket, self.trial.buckets[bucket])
         times: dict[int, list[float]] = {i: [] for i in range(len(every))}
+        if ahead(compile_one, [(i, bucket, config, self.arch) for i in own for config in every], 4) is None:
+            return None
         for case in own:
             run = self.cases[case].setup()["ours triton"]
             able = right({i: self.trial.using(bucket, every[i], run) for i in times})
@@ -178,7 +189,18 @@ class Tuning:
         print(f"{self.op} {bucket}: ms of {', '.join(self.cases[i].shape for i in own)}")
         for i in [*order[:SHOWN], 0]:
             print("  ", *(f"{ms:.4f}" for ms in times[i]), every[i], "(shipped)" * (i == 0), flush=True)
-        return every[order[0]]
+        files = [file for file in aot.operations() if file.startswith(self.op)]
+        programs = [(file, n) for file in files for n in range(len(aot.cases(file, self.arch)))]
+        for i in order:
+            refused = ahead(
+                refusals, [(self.op, bucket, every[i], self.arch, *program) for program in programs]
+            )
+            if refused is None:
+                return None
+            if not any(refused):
+                return every[i]
+            print("   refused:", every[i], next(filter(None, refused)), flush=True)
+        return every[0]
 
 
 @functools.cache
@@ -203,30 +225,60 @@ def right(runs: dict[int, Run]) -> dict[int, Run]:
 
 
 def against_peers(contenders: dict[str, Run]) -> float:
-    """The time of the fastest other contender over ours."""
+    """The time of the fastest of those who would serve in its place over that of our kernel."""
     able = {}
-    for label, run in contenders.items():
+    for label in {"ours triton", *FALLBACKS} & contenders.keys():
         with contextlib.suppress(Exception):  # a peer that cannot do this case does not count
-            run()
-            able[label] = run
+            contenders[label]()
+            able[label] = contenders[label]
     middle = {label: spread(own)[1] for label, own in time_in_turn(able, "cuda", 0.1).items()}
     ours = middle.pop("ours triton")
     return min(middle.values(), default=float("inf")) / ours
 
 
-def compile_ahead(tasks: Iterable[Task], arch: int, processes: int) -> None:
-    """Compile in several processes, for the cache on disk; tasks of one case one behind the other."""
-    context = multiprocessing.get_context("spawn")
-    with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(processes, context) as pool:
-        for _ in pool.map(functools.partial(compile_one, arch=arch), tasks, chunksize=4):
-            pass
+class Ahead:
+    """Processes that compile, for all operations the same ones, until the time is up."""
+
+    def __init__(self, processes: int, until: float) -> None:
+        self.processes, self.until = processes, until
+        self.pool = self._pool()
+
+    def _pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn"))
+
+    def __call__(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], chunk: int = 1
+    ) -> list[Any] | None:
+        """What `function` gives of each task; `chunk` neighbours in one process. None: not done in time."""
+        left = self.until - time.monotonic()
+        if left <= 0:
+            return None
+        try:
+            return list(self.pool.map(function, tasks, timeout=left, chunksize=chunk))
+        except TimeoutError:
+            return None
+        except BrokenProcessPool:
+            self.pool = self._pool()
+            raise
 
 
-def compile_one(task: Task, arch: int) -> None:
-    place, bucket, config = task
-    run = prepared(place)
-    with Trial(all_cases()[place].op, arch) as trial, contextlib.suppress(Exception):  # told when it is timed
-        trial.using(bucket, config, run)()
+def compile_one(task: tuple[int, str, Config, int]) -> None:
+    """For the cache on disk: run a case with a configuration in a bucket."""
+    place, bucket, config, arch = task
+    with contextlib.suppress(Exception), Trial(all_cases()[place].op, arch) as trial:  # told when it is timed
+        trial.using(bucket, config, prepared(place))()
+
+
+def refusals(task: tuple[str, str, Config, int, str, int]) -> list[str]:
+    """What forbids shipping one of the programs of an operation, with a configuration in a bucket."""
+    op, bucket, config, arch, file, place = task
+    with Trial(op, arch) as trial:
+        trial.buckets[bucket] = config
+        case = aot.cases(file, arch)[place]
+    try:
+        return aot.problems(case, arch, aot.compile_case(case, arch))
+    except Exception as error:  # a compiler's complaint arrives as many types
+        return [explain(error)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -242,6 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--buckets", nargs="+", default=[], help="only buckets whose names contain one of these"
     )
+    parser.add_argument(
+        "--budget", type=float, default=86400, help="seconds in all; what does not fit stays as it is"
+    )
     parser.add_argument("--output", type=Path, default=table.FOLDER, help="folder; kernels/tables by default")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -250,17 +305,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     major, minor = torch.cuda.get_device_capability()
     arch = 10 * major + minor
-    room = int(torch.cuda.get_device_properties(0).total_memory / 8e9)
-    processes = max(1, min(room, (os.cpu_count() or 2) - 1))
+    room = int(torch.cuda.get_device_properties(0).total_memory / 12e9)  # they keep what they ran last
+    ahead = Ahead(max(1, min(room, (os.cpu_count() or 2) - 1)), time.monotonic() + args.budget)
     status = 0
     for op in args.ops or sorted(path.stem for path in table.FOLDER.glob("*.json")):
+        if time.monotonic() > ahead.until:
+            print(f"{op}: left as it is, the time is up")
+            continue
         try:
             tuning = Tuning(op, arch, args.buckets)
             if not tuning.of_bucket:
                 raise ValueError("no case of benchmarks/ops looks up such a bucket")
-            compile_ahead(tuning.tasks(), arch, processes)
-            tuning.tune()
-            tuning.trial.save(args.output)
+            tuning.tune(ahead, args.output)
         except Exception as error:  # the other operations can still be tuned
             print(f"{op}: not tuned: {explain(error)}")
             status = 1

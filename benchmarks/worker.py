@@ -17,9 +17,11 @@ from benchmarks import models, ops
 from benchmarks.cases import Case
 from benchmarks.measure import PATIENCE, at_most, explain, measure, measure_ceiling
 
+MARGIN = 5.0  # seconds of a case's for its answer, before it is given up
+
 
 class Lost(RuntimeError):
-    """The process died, or did not answer in time."""
+    """The process died, did not answer in time, or could not do what it was asked."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def collect(device: str, packages: Sequence[ModuleType] = (models, ops)) -> tupl
 class Worker:
     """A process with all the cases. `titles` and `failed` are those of `collect`.
 
-    ask(verb, *arguments) -> answer: "ceiling" -> Ceiling; "measure", place in titles, Ceiling -> list of rows;
+    ask(verb, *arguments) -> answer: "ceiling" -> Ceiling; "measure", place in titles, Ceiling, seconds a contender and
+    in all -> list of rows;
     "warm", places -> None, after what is compiled there ran once, and so lies in the compilers' caches on disk.
     """
 
@@ -71,12 +74,17 @@ class Worker:
         self.connection.send((verb, arguments))
 
     def answer(self, seconds: float) -> Any:
-        """The next answer. Raises Lost if there is none. Ends the process then, and if its CUDA context is lost."""
+        """The next answer. Raises Lost if there is none, or an error in its place.
+
+        Ends the process if it does not answer, and if its CUDA context is lost.
+        """
         try:
             if self.connection.poll(seconds):
                 answer, healthy = self.connection.recv()
                 if not healthy:
                     self.close()
+                if isinstance(answer, Lost):
+                    raise answer
                 return answer
             reason = f"no answer in {seconds:.0f} s"
         except (EOFError, OSError):
@@ -102,6 +110,7 @@ class Worker:
 def _serve(connection: Any, device: str) -> None:
     if device == "cpu":
         torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True  # others convolve: the fastest way for each shape
     cases, failed = collect(device)
     places: dict[str, int] = {}
     titles = []
@@ -113,7 +122,7 @@ def _serve(connection: Any, device: str) -> None:
     connection.send(((titles, failed), True))
     verbs = {
         "ceiling": lambda: measure_ceiling(device),
-        "measure": lambda index, ceiling, seconds: measure(cases[index], device, ceiling, seconds),
+        "measure": lambda index, *limits: measure(cases[index], device, *limits),
         "warm": lambda indices: _warm([cases[index] for index in indices], device),
     }
     while True:
@@ -122,7 +131,11 @@ def _serve(connection: Any, device: str) -> None:
         except EOFError:  # nobody is left to ask
             return
         torch._dynamo.reset()  # a case compiles for its own shape only
-        connection.send((verbs[verb](*arguments), _healthy(device)))
+        try:
+            answer = verbs[verb](*arguments)
+        except Exception as error:  # of a case's setup, say: it costs the case alone
+            answer = Lost(explain(error))
+        connection.send((answer, _healthy(device)))
 
 
 def _healthy(device: str) -> bool:
@@ -138,12 +151,12 @@ def _healthy(device: str) -> bool:
 
 def _warm(cases: list[Case], device: str) -> None:
     if device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(0.08)  # the tests run meanwhile, and need theirs
+        torch.cuda.set_per_process_memory_fraction(0.08)  # there may be ten of them
     for case in cases:
         torch._dynamo.reset()
         with contextlib.suppress(Exception):  # will be told when the case is measured
             contenders = case.setup()
             for label in contenders:
-                if label in ("ours triton", "ours") or label.endswith("compiled"):
+                if label in ("ours triton", "ours") or "compiled" in label:
                     with contextlib.suppress(Exception), at_most(2 * PATIENCE):
                         contenders[label]()

@@ -57,7 +57,6 @@ def _make(models: Models, B: int) -> Contenders:
     if models.device == "cuda":
         whole = [torch.cat(images)]
         found |= {
-            "transformers compiled": theirs(change=compiled),
             "transformers at once": theirs(images=whole),
             "transformers compiled, at once": theirs(change=compiled, images=whole),
         }

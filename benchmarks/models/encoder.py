@@ -37,8 +37,12 @@ def _make(models: Models, B: int) -> Contenders:
     def with_encoder(model):
         return torch.no_grad()(partial(model, image))
 
-    return {
+    found = {
         "ours": built_late(lambda: with_encoder(models.ours(blip_feature_extractor).visual_encoder)),
         "reference": built_late(lambda: with_encoder(models.reference(reference.BLIP_Base).visual_encoder)),
         "transformers": built_late(lambda: with_encoder(models.transformers().vision_model)),
     }
+    if models.device == "cuda":
+        theirs = lambda: torch.compile(models.transformers().vision_model)  # noqa: E731
+        found["transformers compiled"] = built_late(lambda: with_encoder(theirs()))
+    return found

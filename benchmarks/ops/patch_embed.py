@@ -29,11 +29,6 @@ def convolution(images, weight, bias, cls, pos):
     return torch.cat([cls.expand(len(x), -1, -1), x], 1) + pos
 
 
-def normalise_and_convolve(pixels, weight, bias, cls, pos):
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (MEAN, STD))
-    return convolution((pixels.float() / 255 - mean) / std, weight, bias, cls, pos)
-
-
 def cases(device: str) -> list[Case]:
     """Pixels in fp32, as the loader gives them, and in uint8, as they are stored."""
     shapes, dtype = (ON_GPU, torch.bfloat16) if device == "cuda" else ([(4, 96, 192, 0)], torch.float32)
@@ -66,12 +61,13 @@ def _pixels(device, B, side, D, dtype):
     weight, *rest = _parameters(device, side, D, dtype)
     weight, bias = weight.detach(), rest.pop(0).detach()
     folded = fold_normalisation(weight, bias, MEAN, STD)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
 
     def from_folded(pixels, *rest):
         return patch_embed_uint8(pixels, *folded, *rest)
 
     def eager(pixels, *rest):
-        return normalise_and_convolve(pixels, weight, bias, *rest)
+        return convolution((pixels.float() / 255 - mean) / std, weight, bias, *rest)
 
     contenders = ours("patch_embed", device, from_folded) | {"eager": eager} | compiled(device, eager)
     return contenders, (torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8, device=device), *rest)
