@@ -156,7 +156,7 @@ def test_caption_options_reach_the_model_and_the_run_gives_their_defaults(
         called.update(how)
         return Captioner()
 
-    monkeypatch.setattr("blipfast.models.run.load_captioner", load)
+    monkeypatch.setattr("blipfast.models.load.load_captioner", load)
     config = Config()
     config.evaluate.max_length, config.evaluate.min_length, config.evaluate.num_beams = 12, 0, 4
     config.evaluate.repetition_penalty, config.evaluate.prompt = 1.25, "two dogs "
@@ -251,7 +251,7 @@ def test_sampling_is_a_function_of_the_seed(capsys, run_folder, pictures):
 def test_texts_are_scored_against_a_picture(capsys, run_folder, pictures):
     from blipfast.data.images import load_image
     from blipfast.data.transforms import eval_transform
-    from blipfast.models.run import load_matcher
+    from blipfast.models.load import load_matcher
 
     texts = ["a red dog", "A GREEN apple."]
     exact = ["--json", "--precision", "fp32", "--model", run_folder]

@@ -21,7 +21,7 @@ from blipfast.models.blip_vqa import blip_vqa
 from blipfast.models.checkpoint import read_state_dict, save_weights
 from blipfast.models.convert import convert
 from blipfast.models.huggingface import hugging_face_state, read_tokenizer, to_hugging_face, to_official
-from blipfast.models.run import load_captioner, load_matcher, load_nlvr, load_vqa, settings_of
+from blipfast.models.load import load_captioner, load_matcher, load_nlvr, load_vqa, settings_of
 from blipfast.text import train_tokenizer
 
 from .conftest import VIT

@@ -13,7 +13,7 @@ from blipfast.data.transforms import eval_transform
 from blipfast.models.blip_pretrain import blip_pretrain
 from blipfast.models.blip_vqa import blip_vqa
 from blipfast.models.convert import convert
-from blipfast.models.run import load_captioner, load_matcher, load_vqa
+from blipfast.models.load import load_captioner, load_matcher, load_vqa
 
 from .conftest import VIT
 from .run_folders import TEXTS, scramble, write_run

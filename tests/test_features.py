@@ -14,7 +14,7 @@ from blipfast.data.transforms import eval_transform
 from blipfast.models.blip_pretrain import BLIP_Pretrain
 from blipfast.models.blip_vqa import BLIP_VQA
 from blipfast.models.checkpoint import save_weights
-from blipfast.models.run import load_features, load_matcher
+from blipfast.models.load import load_features, load_matcher
 from blipfast.tasks.features import FeatureExtractor
 from blipfast.text import train_tokenizer
 

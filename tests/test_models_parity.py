@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from blipfast import reference
 from blipfast.models import blip_pretrain as blip_pretrain_module
-from blipfast.models import generation, momentum, packing, search
+from blipfast.models import generation, momentum, packing, token_search
 from blipfast.models.blip import blip_decoder, blip_feature_extractor
 from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_nlvr import blip_nlvr
@@ -284,9 +284,9 @@ def test_a_nucleus_keeps_the_fewest_tokens_that_exceed_top_p():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.06, 0.04]]).log()[:, [3, 0, 4, 2, 1]]
     kept = torch.tensor([[False, True, False, False, True]])
     assert ((reference.nucleus(logits, 0.6, 50) > 0) == kept).all()
-    assert (search.nucleus(logits, 0.6, 50).isfinite() == kept).all()
+    assert (token_search.nucleus(logits, 0.6, 50).isfinite() == kept).all()
     assert (reference.nucleus(logits, 0.9, 1) > 0).sum() == 1
-    assert search.nucleus(logits, 0.9, 1).isfinite().sum() == 1
+    assert token_search.nucleus(logits, 0.9, 1).isfinite().sum() == 1
 
 
 # --------------------------------------------------------------------------------------- momentum, queue, losses

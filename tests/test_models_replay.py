@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blipfast import backends
-from blipfast.models import recorded, search
+from blipfast.models import recorded, token_search
 from blipfast.models.blip import blip_decoder
 from blipfast.models.generation import generate
 from blipfast.models.replay import Replay
@@ -90,8 +90,8 @@ def test_steps_of_all_places_without_the_host_give_the_same_texts(model, how, ba
     assert len(set((expected != RULES["pad_token_id"]).sum(1).tolist())) > 1, (
         "texts of different lengths needed"
     )
-    monkeypatch.setattr(search, "replays", lambda device: True)
-    monkeypatch.setattr(search, "Replay", Repeat)
+    monkeypatch.setattr(token_search, "replays", lambda device: True)
+    monkeypatch.setattr(token_search, "Replay", Repeat)
     Repeat.calls = 0
     assert torch.equal(texts(model, how, batch_size=batch_size), expected)
     assert Repeat.calls
@@ -104,8 +104,8 @@ def test_steps_of_all_places_without_the_host_give_the_same_texts(model, how, ba
 @torch.no_grad()
 def test_places_left_empty_do_no_harm_with_more_texts_than_prompt_tokens(model, how, batch_size, monkeypatch):
     expected = texts(model, how, prompt=())
-    monkeypatch.setattr(search, "replays", lambda device: True)
-    monkeypatch.setattr(search, "Replay", Repeat)
+    monkeypatch.setattr(token_search, "replays", lambda device: True)
+    monkeypatch.setattr(token_search, "Replay", Repeat)
     assert torch.equal(texts(model, how, prompt=(), batch_size=batch_size), expected)
 
 
@@ -116,8 +116,8 @@ def test_the_kernels_of_decoding_give_the_same_texts(small, how, triton, monkeyp
     model = talkative(small)
     with backends.use("torch"):
         expected = texts(model, how)
-    monkeypatch.setattr(search, "replays", lambda device: True)
-    monkeypatch.setattr(search, "Replay", Repeat)
+    monkeypatch.setattr(token_search, "replays", lambda device: True)
+    monkeypatch.setattr(token_search, "Replay", Repeat)
     with backends.use("torch", cached_attention="triton", beam_search="triton"):
         assert torch.equal(texts(model, how, batch_size=4), expected)
 
@@ -126,9 +126,9 @@ def test_the_kernels_of_decoding_give_the_same_texts(small, how, triton, monkeyp
 @torch.no_grad()
 def test_a_call_like_the_last_one_replays_its_record(model, how, monkeypatch):
     expected = texts(model, how)
-    monkeypatch.setattr(search, "replays", lambda device: True)
+    monkeypatch.setattr(token_search, "replays", lambda device: True)
     made = []
-    monkeypatch.setattr(search, "Replay", lambda *args: made.append(1) or Repeat(*args))
+    monkeypatch.setattr(token_search, "Replay", lambda *args: made.append(1) or Repeat(*args))
     other = how | {"repetition_penalty": 1.1}
     for rules, records in ((how, 2), (how, 2), (other, 4), (how, 6)):
         got = texts(model, rules)
@@ -161,8 +161,8 @@ def test_a_call_like_the_last_one_replays_its_record(model, how, monkeypatch):
 
 @torch.no_grad()
 def test_a_record_does_not_keep_its_decoder_alive(model, monkeypatch):
-    monkeypatch.setattr(search, "replays", lambda device: True)
-    monkeypatch.setattr(search, "Replay", Repeat)
+    monkeypatch.setattr(token_search, "replays", lambda device: True)
+    monkeypatch.setattr(token_search, "Replay", Repeat)
     alone = copy.deepcopy(model)
     texts(alone, {"num_beams": 3})
     assert alone.text_decoder in recorded._idle
@@ -177,14 +177,14 @@ def test_a_record_does_not_keep_its_decoder_alive(model, monkeypatch):
 def test_waiting_images_come_in_when_half_of_the_places_are_free(model, monkeypatch):
     """Each admission costs a GPU a step that is not replayed, while an empty place costs it nothing."""
     admitted = []
-    admit = search.Search.admit
+    admit = token_search.Search.admit
     monkeypatch.setattr(
-        search.Search,
+        token_search.Search,
         "admit",
         lambda self, numbers, *rest: (admitted.append(len(numbers)), admit(self, numbers, *rest)),
     )
-    monkeypatch.setattr(search, "replays", lambda device: True)
-    monkeypatch.setattr(search, "Replay", Repeat)
+    monkeypatch.setattr(token_search, "replays", lambda device: True)
+    monkeypatch.setattr(token_search, "Replay", Repeat)
     texts(model, {"num_beams": 3}, batch_size=4)
     assert admitted[0] == 4 and sum(admitted) == 11
     assert min(admitted[1:-1]) >= 2
@@ -201,7 +201,7 @@ def test_a_cuda_graph_gives_the_texts_of_steps_run_one_by_one(small, how, dtype,
         model.visual_encoder, "forward", lambda x, f=model.visual_encoder.forward: f(x.to(dtype))
     )
     recorded = {batch_size: texts(model, how, "cuda", batch_size=batch_size) for batch_size in (11, 4)}
-    monkeypatch.setattr(search, "Replay", lambda function, device: function)
+    monkeypatch.setattr(token_search, "Replay", lambda function, device: function)
     for batch_size, ours in recorded.items():
         assert torch.equal(ours, texts(model, how, "cuda", batch_size=batch_size))
     if dtype == torch.float32:

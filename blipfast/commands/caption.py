@@ -66,7 +66,7 @@ def caption(args: argparse.Namespace) -> int:
     import torch
     from tqdm import tqdm
 
-    from blipfast.models.run import load_captioner, settings_of
+    from blipfast.models.load import load_captioner, settings_of
 
     settings = settings_of(args.model).evaluate
     how = choices(args, settings)

@@ -37,7 +37,7 @@ def explain(args: argparse.Namespace) -> int:
     from blipfast.data.images import load_image
     from blipfast.data.transforms import eval_transform
     from blipfast.explain import draw, figure_path, grad_cam, image_grad_cam
-    from blipfast.models.run import load_matcher, settings_of
+    from blipfast.models.load import load_matcher, settings_of
 
     if args.layer is not None and args.image_block is not None:
         raise ValueError("--layer and --image-block: give one of them.")

@@ -42,7 +42,7 @@ def add(verbs: Any) -> None:
 
 def features(args: argparse.Namespace) -> int:
     """Write the features; a picture that cannot be read is reported and left out, with its text if it has one."""
-    from blipfast.models.run import settings_of
+    from blipfast.models.load import settings_of
     from blipfast.tasks.features import FeatureExtractor
 
     args.pictures = pictures(args.pictures)

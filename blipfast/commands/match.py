@@ -33,7 +33,7 @@ def match(args: argparse.Namespace) -> int:
 
     from blipfast.data.images import load_image
     from blipfast.data.transforms import eval_transform
-    from blipfast.models.run import load_matcher, settings_of
+    from blipfast.models.load import load_matcher, settings_of
 
     folder, paths = Path(args.picture).is_dir(), pictures([args.picture])
     texts = cleaned(args.texts, settings_of(args.model).data)

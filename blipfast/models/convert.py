@@ -12,8 +12,8 @@ from blipfast.config import to_dict
 
 from . import huggingface
 from .checkpoint import kind_of, read_state_dict, save_weights
+from .load import VITS, describe, image_size_of, settings_of
 from .med_config import BertConfig
-from .run import VITS, describe, image_size_of, settings_of
 from .weights import locate
 
 # what of a checkpoint each task needs

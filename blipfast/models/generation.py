@@ -24,7 +24,7 @@ from .image_memory import image_memory
 from .med import BertConfig, BertLMHeadModel
 from .out_of_memory import ERRORS, is_out_of_memory
 from .packed import check_finite
-from .search import BeamSearch, Draws
+from .token_search import BeamSearch, Draws
 
 ROWS = 384  # of texts at a time on a GPU, whose step for so many takes hardly longer than one for few
 FEWEST = 8  # images at a time on a CPU, which takes three times as long for one alone

@@ -21,7 +21,7 @@ from blipfast.ops.layer_norm import dropout_add_layer_norm
 from blipfast.ops.linear import is_plain, linear
 from blipfast.ops.mlp import mlp
 
-from .attention import KeepsAttention
+from .kept_attention import KeepsAttention
 from .med_config import BertConfig, Output
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values, each [rows, H, tokens, D / H]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from blipfast import backends
 from blipfast.ops.launch import input_precision
 
-from . import search
-from .search import Search
+from . import token_search
+from .token_search import Search
 
 _idle: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], Search]] = WeakKeyDictionary()
 
@@ -28,7 +28,7 @@ def likeness(
 
     embeds, mask: of the first images.
     """
-    if not search.replays(prompt.device):
+    if not token_search.replays(prompt.device):
         return None
     weights = [*decoder.parameters(), *decoder.buffers()]
     return {

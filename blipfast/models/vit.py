@@ -21,8 +21,8 @@ from blipfast.ops.linear import is_plain, linear, product
 from blipfast.ops.mlp import mlp
 from blipfast.ops.patch_embed import patch_embed
 
-from .attention import KeepsAttention
 from .cast_weights import cast_weights
+from .kept_attention import KeepsAttention
 
 ROWS = 5000  # of tokens at a time; see `in_parts`
 

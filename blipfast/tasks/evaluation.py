@@ -13,7 +13,7 @@ from blipfast.data.transforms import eval_transform
 from blipfast.data.views import RetrievalView
 from blipfast.metrics import retrieval_metrics
 from blipfast.models import gather
-from blipfast.models.run import load_captioner, load_matcher
+from blipfast.models.load import load_captioner, load_matcher
 from blipfast.quantize import prepare
 
 from .captioning import captions_of

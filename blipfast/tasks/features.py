@@ -15,16 +15,16 @@ from torch import Tensor
 
 from blipfast.models.blip import BLIP_Base, token_ids
 from blipfast.models.blip_itm import BLIP_ITM
+from blipfast.models.load import describe, finished
 from blipfast.models.packed import all_states, first_states, image_states
 from blipfast.models.packing import Ragged
-from blipfast.models.run import describe, finished
 from blipfast.quantize import prepare
 
 
 class FeatureExtractor:
     """A model for features, in evaluation mode; every method returns named fp32 tensors on the CPU.
 
-    path: whatever the loaders of `models.run` take and has an image and a text encoder (pre-trained, retrieval, ITM,
+    path: whatever the loaders of `models.load` take and has an image and a text encoder (pre-trained, retrieval, ITM,
     VQA, feature extractor). `projects` says whether it has ITC's projections, without which *_feat are left out.
     Raises FileNotFoundError or ValueError for a checkpoint that is missing, broken or without these encoders.
     """
