@@ -12,12 +12,13 @@ from torch.testing import assert_close
 
 from blipfast import processor
 from blipfast.models import generation
+from blipfast.models import image_memory as image_memory_module
 from blipfast.models.blip import blip_decoder
 from blipfast.models.generation import generate
 from blipfast.models.image_memory import KeysValues, Tokens, image_memory
 from blipfast.models.packed import image_states
 from blipfast.ops import linear as linear_op
-from blipfast.ops.linear import linear
+from blipfast.ops.linear import is_plain, linear
 from blipfast.text import train_tokenizer
 from tests.flops import flop
 
@@ -78,6 +79,20 @@ def test_image_tokens_as_they_are_give_the_context_of_keys_and_values(decoder, e
         ours, theirs = (context(way, i, dtype) - truth for way in (as_tokens, as_keys))
         assert ours.abs().max() <= 2 * theirs.abs().max() + 1e-5
         assert truth.std() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_one_by_one_give_the_context_of_all_at_once(decoder, embeds, mask, masked, monkeypatch):
+    """As oneDNN multiplies in fp32, and as MKL does."""
+    found = []
+    for wins in (False, True):
+        monkeypatch.setattr(image_memory_module, "onednn_wins", lambda rows, numbers, wins=wins: wins)
+        memory = as_tokens(decoder.bert.encoder, embeds, mask if masked else None, 0)
+        block = decoder.bert.encoder.layer[1].crossattention.self
+        torch.manual_seed(0)
+        found.append(memory.context(1, block, torch.randn(3, 5, 48), slice(2, 5)))
+    assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 1}], ids=str)
@@ -209,6 +224,16 @@ def test_layers_that_are_not_plain_are_called_as_they_are():
     learned.register_full_backward_hook(lambda layer, inputs, outputs: seen.append("backward"))
     linear(learned, x).sum().backward()
     assert seen[-1] == "backward"
+
+
+def test_hooks_of_zero_3_do_not_keep_a_layer_from_being_plain():
+    layer, called = nn.Linear(4, 4), []
+    assert is_plain(layer, layer) and not is_plain(layer, nn.Sequential(layer))
+    layer.register_forward_pre_hook(lambda *_: called.append(1))
+    assert not is_plain(layer)
+    layer.weight.ds_id = 0
+    linear(layer, torch.randn(2, 4))
+    assert is_plain(layer) and called
 
 
 def test_a_linear_layer_has_gradients(monkeypatch):

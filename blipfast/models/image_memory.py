@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blipfast.ops.attention import attention
-from blipfast.ops.linear import is_plain, linear
+from blipfast.ops.linear import is_plain, linear, onednn_wins, product
 from blipfast.processor import products_win
 
 from .med import BertEncoder, BertSelfAttention
@@ -96,10 +96,19 @@ class Tokens(ImageMemory):
         seen = self.seen(here)
         if query.dtype != torch.float32 and not products_win(query.dtype):
             return attention(query[:, None], tokens[:, None], tokens[:, None], seen, scale=1.0).squeeze(1)
-        scores = torch.bmm(query, transposed)  # faster than SDPA, whose blocks are meant for narrow heads
+        apart = query.dtype == torch.float32 and onednn_wins(query.shape[1], tokens[0].numel())
+        # faster than SDPA, whose blocks are meant for narrow heads
+        scores = one_by_one(query, tokens) if apart else torch.bmm(query, transposed)
         if seen is not None:
             scores = scores.masked_fill(~seen.squeeze(1), -torch.inf)
-        return torch.bmm(scores.softmax(-1), tokens)
+        weights = scores.softmax(-1)
+        return one_by_one(weights, transposed) if apart else torch.bmm(weights, tokens)
+
+
+def one_by_one(x: Tensor, matrices: Tensor) -> Tensor:
+    """x_i matrix_i^T of each image, [n, r, F] for x [n, r, D] and matrices [n, F, D]: torch asks oneDNN for products in
+    fp32 only where they are those of a linear layer."""
+    return torch.stack([product(*pair, None) for pair in zip(x, matrices)])
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

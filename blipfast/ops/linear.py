@@ -28,18 +28,21 @@ _onednn = (
 def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
     """layer(x), x [..., D] -> [..., F], and its GELU if asked for: the same to rounding.
 
-    Layers that are not plain (see `is_plain`) are called as they are.
+    Layers that are not plain `nn.Linear` (int8), or have hooks, are called as they are.
     """
-    if is_plain(layer):
+    if type(layer) is nn.Linear and not _has_hooks(layer):  # ZeRO-3 brings the weight by a hook
         return product(x, layer.weight, layer.bias, gelu)
     y = layer(x)
     return F.gelu(y) if gelu else y
 
 
 def is_plain(*layers: nn.Module) -> bool:
-    """Whether weight and bias say all that these layers do: no int8, no LoRA, and no hooks, of which ZeRO-3's brings
-    the weight."""
-    return all(type(layer) is nn.Linear and not _has_hooks(layer) for layer in layers)
+    """Whether weight and bias say all that these layers do: no int8, no LoRA, no hooks but ZeRO-3's, which brings the
+    weight to whoever reads it, too."""
+    return all(
+        type(layer) is nn.Linear and (not _has_hooks(layer) or hasattr(layer.weight, "ds_id"))
+        for layer in layers
+    )
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
