@@ -23,7 +23,7 @@ def ranks(scores: Tensor, truths: list[list[int]] | list[int]) -> Tensor:
 def check_truths(truths: list[list[int]] | list[int]) -> None:
     """Raises ValueError for a query that nothing belongs to: it can be neither right nor wrong."""
     for row, truth in enumerate(truths):
-        if not isinstance(truth, int) and not len(truth):
+        if not torch.as_tensor(truth).numel():
             raise ValueError(f"Nothing belongs to query {row} (a picture without texts, say): leave it out.")
 
 

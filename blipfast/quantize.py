@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blipfast.models.med import BertEncoder
+from blipfast.models.med import BertEncoder, BertLMHeadModel
 from blipfast.models.packing import stacked
 from blipfast.models.vit import Mlp
 from blipfast.precision import QUANTIZED, dtype_of
@@ -196,7 +196,7 @@ def quantize(model: nn.Module, precision: str = "int8", device: str | torch.devi
     if precision not in QUANTIZED:
         raise ValueError(f"quantize: precision must be one of {', '.join(QUANTIZED)}, got {precision!r}.")
     on_cpu = precision == "int8" and torch.device(device).type == "cpu"
-    if on_cpu and hasattr(model, "text_decoder"):
+    if on_cpu and isinstance(getattr(model, "text_decoder", None), BertLMHeadModel):
         join_projections(model.text_decoder.bert.encoder)
     dtype = E4M3 if precision == "fp8" else torch.int8
     for path in list(cpu_layers(model) if on_cpu else wide_layers(model)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,14 @@ def test_recall_equals_a_count_by_sorting():
 def test_a_picture_without_texts_is_named():
     with pytest.raises(ValueError, match="Nothing belongs to query 1"):
         recall(torch.zeros(3, 5), [[0], [], [2]])
+
+
+def test_true_columns_may_be_a_tensor_or_an_array():
+    scores, truths = torch.eye(4)[[0, 1, 3, 2]], [0, 1, 2, 3]
+    expected = recall(scores, truths, (1, 2))
+    assert (
+        recall(scores, torch.tensor(truths), (1, 2)) == recall(scores, list(np.arange(4)), (1, 2)) == expected
+    )
 
 
 def test_ties_and_nan_count_against_the_model():

@@ -13,6 +13,7 @@ from blipfast.models.blip import blip_decoder
 from blipfast.models.blip_itm import blip_itm
 from blipfast.models.blip_nlvr import blip_nlvr
 from blipfast.models.blip_vqa import blip_vqa
+from blipfast.quantize import prepare
 
 TEXTS = ["a cat", "two red apples", "a dog on the beach", "the sea"]
 
@@ -97,6 +98,67 @@ def test_every_adapter_that_was_used_learns(factory, small, images, stacks):
         name for name, p in model.named_parameters() if name.endswith((".a", ".b")) and p.grad is None
     ]
     assert not forgotten
+
+
+class Stored(nn.Module):
+    """A layer whose weight is stored in int8, as bitsandbytes does."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter(
+            (layer.weight.detach() / scale).round().to(torch.int8), requires_grad=False
+        )
+        self.scale, self.bias = scale, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+class Wrapped(nn.Module):
+    """A layer that hides its parameters."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer = [layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer[0](x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, error", [(Stored, 0.05), (Wrapped, 1e-6)])
+@pytest.mark.parametrize("factory", [blip_decoder, blip_itm])
+def test_layers_of_any_other_kind_serve(factory, kind, error, small, images):
+    torch.manual_seed(0)
+    model = factory(**small).eval()
+    expected = losses_and_outputs(model, images)[0]
+    for path, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and "decoder.cls" not in path and path != "itm_head":
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, kind(layer))
+    assert (losses_and_outputs(model, images)[0] - expected).norm() <= error * expected.norm()
+
+
+@torch.no_grad()
+def test_layers_replaced_or_hooked_after_quantisation_are_called(small, images):
+    try:
+        model = prepare(blip_decoder(**small), "int8", "cpu")
+    except ImportError:
+        pytest.skip("torch has no int8 kernels for this processor")
+    search, called = dict(num_beams=2, max_length=8, min_length=5), []
+    block = model.text_decoder.bert.encoder.layer[1].attention.self
+    expected = model.generate(images, **search)
+    hook = block.value.register_forward_hook(lambda *_: called.append("hook"))
+    assert model.generate(images, **search) == expected and called
+    hook.remove()
+    called.clear()
+    whole, block.query = block.query, nn.Sequential(block.query)
+    block.query.register_forward_hook(lambda *_: called.append("replaced"))
+    assert model.generate(images, **search) == expected and called
+    block.query = whole
+    called.clear()
+    assert model.generate(images, **search) == expected and not called
 
 
 def test_hooks_on_linear_layers_are_called(small, images, stacks):

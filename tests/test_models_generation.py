@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,6 +186,28 @@ def test_images_of_other_sizes_or_with_a_mask_do_not_go_with_those_before(model,
         batches = [(embeds[:2], None), other]
         with pytest.raises(ValueError, match="Image 2 has states of shape .* those before have"):
             list(stream(model.text_decoder, prompt, batches, Rules(num_beams=3, **RULES), 8))
+
+
+def test_what_was_taken_in_is_written_before_an_error_of_the_source(model):
+    images = torch.randn(6, 3, 32, 32)
+    expected = model.generate(images[:5], num_beams=2, max_length=20, min_length=5)
+
+    def broken():
+        yield from images[:5].split(1)
+        raise ValueError("photo.jpg cannot be read")
+
+    found = []
+    with pytest.raises(ValueError, match="photo.jpg cannot be read"):
+        for texts in model.generate_stream(broken(), num_beams=2, max_length=20, min_length=5):
+            found.append(texts[0])
+    assert found == expected
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(model):
+    images = torch.randn(1, 3, 32, 32)
+    asked = dict(num_beams=2, max_length=20, min_length=5)
+    numpy = {name: np.int64(number) for name, number in asked.items()}
+    assert model.generate(images, **numpy) == model.generate(images, **asked)
 
 
 def test_states_of_another_dtype_are_cast(model, prompt, embeds):

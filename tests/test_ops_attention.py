@@ -151,6 +151,24 @@ def test_masks_go_to_pytorch_whatever_serves(attention_backend):
     check(got, want, (packed, k, v))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("S", [60, 577])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_additive_masks_in_fp32_serve_half_precision(dtype, S, grad, attention_backend):
+    """Also where a text is all padding, of which a mask of transformers makes fp32's least number."""
+    if dtype == torch.bfloat16 and attention_backend == "triton":
+        pytest.skip("the interpreter's bfloat16 is wrong")
+    q, k, v = (random(2, 2, n, 32, seed=n).to(dtype) for n in (5, S, S))
+    seen = torch.rand(2, 1, 1, S, generator=torch.Generator().manual_seed(3)) < 0.5
+    seen[1] = False
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.set_grad_enabled(grad):
+        got = attention(q, k, v, mask)
+        want = attention(q[:1], k[:1], v[:1], seen[:1])
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[:1], want, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_errs_at_most_twice_plain_torch(dtype, attention_backend, poison_empty):
     if (attention_backend, dtype) == ("triton", torch.bfloat16):

@@ -152,7 +152,7 @@ def test_banned_words_leave_losses_finite_where_pytorchs_are(backend, label_smoo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_in_ignored_rows_does_not_matter(backend):
+def test_in_chunks_nan_in_ignored_rows_reaches_no_other_row(backend):
     data = inputs()
     with backends.use(linear_cross_entropy=backend):
         want = differentiate(linear_cross_entropy, data, reduction="sum")

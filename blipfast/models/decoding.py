@@ -97,10 +97,11 @@ class Decoding:
 
     def project(self, i: int, block: BertSelfAttention, x: Tensor) -> Tensor:
         """Layer i's queries, keys and values of x [n, q, D]: [n, q, 3, H, d]."""
-        if block.joined is not None:
+        three = (block.query, block.key, block.value)
+        if block.joined is not None and all(map(block.stands_for, three)):
             made = block.joined(x).unflatten(-1, (3, -1))
         elif self.weights is None:
-            made = torch.stack([linear(layer, x) for layer in (block.query, block.key, block.value)], -2)
+            made = torch.stack([linear(layer, x) for layer in three], -2)
         else:
             made = F.linear(x, *self.weights[i]).unflatten(-1, (3, -1))
         return made.unflatten(-1, (block.num_attention_heads, -1))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class Rules:
         """Raises ValueError for rules that cannot be met."""
         vocab_size = config.vocab_size
         for name in ("max_length", "min_length", "num_beams", "top_k", "num_return"):
-            if not isinstance(getattr(self, name), int):
+            if not isinstance(getattr(self, name), Integral):
                 raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}.")
         if self.max_length > config.max_position_embeddings:
             raise ValueError(
@@ -153,7 +154,7 @@ def stream(
         try:
             yield from decode(decoder, prompt, waiting, rules, batch_size)
         except ERRORS as error:
-            if not is_out_of_memory(error) or batch_size == 1 or waiting.broken:
+            if not is_out_of_memory(error) or batch_size == 1 or error is waiting.failure:
                 raise
             enough = False
         if not enough:  # only now is free what the error's traceback held
@@ -237,7 +238,7 @@ class Waiting:
 
     def __init__(self, batches: Iterator[tuple], rules: Rules):
         self.batches, self.rules = batches, rules
-        self.broken = False  # who makes the batches cannot go on
+        self.failure: Exception | None = None  # of who makes the batches, who cannot go on
         self.count = 0  # images seen so far
         self.kind: tuple | None = None  # shape of an image's states, and whether they have a mask
         self.largest = 0  # number of images taken at a time so far
@@ -245,18 +246,22 @@ class Waiting:
         self.running: dict[int, Chosen] = {}
 
     def more(self) -> bool:
-        """Whether an image waits; takes the next batch if none does."""
+        """Whether an image waits; takes the next batch if none does.
+
+        Where that fails, nothing waits any more, and the error is raised once nobody is being decoded.
+        """
         try:
-            while not self.queue:
+            while not self.queue and self.failure is None:
                 embeds, mask = next(self.batches)
                 if len(embeds):
                     self.add(embeds, mask)
         except StopIteration:
-            return False
-        except ERRORS as error:
-            self.broken = is_out_of_memory(error)
-            raise
-        return True
+            pass
+        except Exception as error:
+            self.failure = error
+        if self.failure is not None and not self.queue and not self.running:
+            raise self.failure
+        return bool(self.queue)
 
     def add(self, embeds: Tensor, mask: Tensor | None) -> None:
         """Let a batch wait. Raises ValueError for states that are not finite, and for others than before."""

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from blipfast.backends import recompute_contexts
 from blipfast.ops.attention import attention
 from blipfast.ops.layer_norm import dropout_add_layer_norm
-from blipfast.ops.linear import is_plain, linear
+from blipfast.ops.linear import has_hooks, is_plain, linear
 from blipfast.ops.mlp import mlp
 
 from .kept_attention import KeepsAttention
@@ -80,6 +80,10 @@ class BertSelfAttention(KeepsAttention):
         self.joined: nn.Module | None = None  # these three as one, for decoding, if `quantize` made it
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.save_attention = False
+
+    def stands_for(self, layer: nn.Module) -> bool:
+        """Whether `joined` does what this layer does: it is of the kind that `quantize` made, and has no hooks."""
+        return type(layer) is type(self.joined) and not has_hooks(layer)
 
     def heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], self.num_attention_heads, -1).transpose(1, 2)

@@ -57,16 +57,18 @@ def image_states(
     images "self0" and "self1").
     """
     blocks = [getattr(layer.crossattention, name) for layer in encoder.layer]
-    image_embeds = in_dtype_of(encoder, image_embeds)
+    image_embeds = in_dtype_of(blocks[0].key, image_embeds)
     mask = None if mask is None else mask.bool()
     if torch.is_grad_enabled():
         return ImageStates(KeysWhenRead(blocks, image_embeds), mask)
     return ImageStates(project(blocks, image_embeds), mask)
 
 
-def in_dtype_of(module: nn.Module, states: Tensor) -> Tensor:
-    """States in the dtype of a module that reads them; under autocast as they are, because it casts them."""
-    return states if autocast_dtype(states) else states.to(next(module.parameters()).dtype)
+def in_dtype_of(layer: nn.Module, states: Tensor) -> Tensor:
+    """States in the dtype of a linear layer that reads them; as they are for autocast, and for layers of other kinds,
+    which know best."""
+    cast = type(layer) is nn.Linear and not autocast_dtype(states)
+    return states.to(next(layer.parameters()).dtype) if cast else states
 
 
 def check_finite(states: Tensor, numbers: Sequence[int], what: str = "Image") -> None:

@@ -94,7 +94,7 @@ def attention(
     if causal and N > key.shape[2]:
         raise ValueError(f"{OP}: causal needs at least as many keys as queries, got {key.shape[2]} and {N}")
     if mask is not None:
-        mask = _checked_mask(mask, query, (B, H, N, key.shape[2]))
+        _check_mask(mask, query, (B, H, N, key.shape[2]))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     name = backends.choose(OP, q)
     if name not in _PYTORCH and mask is not None:
@@ -204,8 +204,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: flo
     return scale
 
 
-def _checked_mask(mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Tensor:
-    """The mask, if additive in the dtype of `query`."""
+def _check_mask(mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> None:
     check_same_device(OP, query=query, mask=mask)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise ValueError(
@@ -214,7 +213,6 @@ def _checked_mask(mask: Tensor, query: Tensor, scores: tuple[int, ...]) -> Tenso
     missing = len(scores) - mask.ndim
     if missing < 0 or any(size not in (1, all_of) for size, all_of in zip(mask.shape, scores[missing:])):
         raise ValueError(f"{OP}: mask must be broadcastable to {list(scores)}, got {list(mask.shape)}")
-    return mask if mask.dtype == torch.bool else mask.to(query.dtype)
 
 
 def _check_layout(query, key, layout, causal, first, key_mask) -> None:

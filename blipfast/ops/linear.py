@@ -30,7 +30,7 @@ def linear(layer: nn.Module, x: Tensor, gelu: bool = False) -> Tensor:
 
     Layers that are not plain `nn.Linear` (int8), or have hooks, are called as they are.
     """
-    if type(layer) is nn.Linear and not _has_hooks(layer):  # ZeRO-3 brings the weight by a hook
+    if type(layer) is nn.Linear and not has_hooks(layer):  # ZeRO-3 brings the weight by a hook
         return product(x, layer.weight, layer.bias, gelu)
     y = layer(x)
     return F.gelu(y) if gelu else y
@@ -40,7 +40,7 @@ def is_plain(*layers: nn.Module) -> bool:
     """Whether weight and bias say all that these layers do: no int8, no LoRA, no hooks but ZeRO-3's, which brings the
     weight to whoever reads it, too."""
     return all(
-        type(layer) is nn.Linear and (not _has_hooks(layer) or hasattr(layer.weight, "ds_id"))
+        type(layer) is nn.Linear and (not has_hooks(layer) or hasattr(layer.weight, "ds_id"))
         for layer in layers
     )
 
@@ -64,7 +64,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     return F.gelu(y) if gelu else y
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether calling the layer does more than its `forward`."""
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     return any(hooks)
 
