@@ -8,6 +8,8 @@ Beyond them, `vit` may be a mapping {width, depth, heads, patch_size}, `med_conf
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from blipfast.text import MODEL_MAX_LENGTH, Tokenizer, as_list, init_tokenizer
 
 from . import recorded
-from .checkpoint import is_url, load_checkpoint
+from .checkpoint import AllowRandom, is_url, load_checkpoint
 from .generation import Rules, generate, stream
 from .med import BertConfig, BertLMHeadModel, BertModel
 from .out_of_memory import in_halves
@@ -232,17 +234,19 @@ class BLIP_Decoder(nn.Module):
         return [text[self.prompt_width :].lstrip() for text in texts]
 
 
-def blip_decoder(pretrained="", allow_random=(), **kwargs) -> BLIP_Decoder:
+def blip_decoder(pretrained: str | Path = "", allow_random: AllowRandom = (), **kwargs: Any) -> BLIP_Decoder:
     """A captioner; see `load_complete` for `pretrained` and `allow_random`."""
     return load_complete(BLIP_Decoder(**kwargs), pretrained, allow_random)
 
 
-def blip_feature_extractor(pretrained="", allow_random=(), **kwargs) -> BLIP_Base:
+def blip_feature_extractor(
+    pretrained: str | Path = "", allow_random: AllowRandom = (), **kwargs: Any
+) -> BLIP_Base:
     """A feature extractor; see `load_complete` for `pretrained` and `allow_random`."""
     return load_complete(BLIP_Base(**kwargs), pretrained, allow_random)
 
 
-def load_complete(model: nn.Module, pretrained: str, allow_random=()) -> nn.Module:
+def load_complete(model: nn.Module, pretrained: str | Path, allow_random: AllowRandom = ()) -> nn.Module:
     """Load `pretrained`, if given: a file, a run or Hugging Face folder, a URL, or a name on Hugging Face.
 
     ValueError for weights that would stay random, unless `allow_random` names them (see `checkpoint.load_weights`);

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfast.text import init_tokenizer
 
 from .blip import load_complete, text_config, token_ids
+from .checkpoint import AllowRandom
 from .med import BertModel
 from .packed import ImageStates, first_states, image_states, in_dtype_of
 from .packing import Ragged
@@ -101,6 +105,6 @@ class BLIP_ITM(nn.Module):
         return image_feat @ self.text_features(texts).t()
 
 
-def blip_itm(pretrained="", allow_random=(), **kwargs) -> BLIP_ITM:
+def blip_itm(pretrained: str | Path = "", allow_random: AllowRandom = (), **kwargs: Any) -> BLIP_ITM:
     """A matcher; see `load_complete` for `pretrained` and `allow_random`."""
     return load_complete(BLIP_ITM(**kwargs), pretrained, allow_random)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blipfast.text import init_tokenizer
 
 from .blip import text_config, token_ids
-from .checkpoint import load_checkpoint, load_weights, read_state_dict
+from .checkpoint import AllowRandom, load_checkpoint, load_weights, read_state_dict
 from .nlvr_encoder import BertModel
 from .packed import first_states, image_states
 from .packing import Ragged
@@ -72,7 +75,7 @@ class BLIP_NLVR(nn.Module):
         return F.cross_entropy(prediction.float(), targets) if train else prediction
 
 
-def blip_nlvr(pretrained="", allow_random=(), **kwargs) -> BLIP_NLVR:
+def blip_nlvr(pretrained: str | Path = "", allow_random: AllowRandom = (), **kwargs: Any) -> BLIP_NLVR:
     """An NLVR2 model; see `load_complete`. The merge layers and the head, which pre-training lacks, may be random."""
     model = BLIP_NLVR(**kwargs)
     if pretrained:

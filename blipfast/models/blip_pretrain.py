@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ def caption_ids(texts: list[list[int]]) -> Tensor:
     return torch.tensor([zlib.crc32(str(text).encode()) for text in texts])
 
 
-def blip_pretrain(**kwargs) -> BLIP_Pretrain:
+def blip_pretrain(**kwargs: Any) -> BLIP_Pretrain:
     return BLIP_Pretrain(**kwargs)
 
 

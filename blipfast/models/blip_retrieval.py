@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from blipfast.ops.contrastive import contrastive_loss
 from blipfast.text import init_tokenizer
 
 from .blip import load_complete, text_config, token_ids
+from .checkpoint import AllowRandom
 from .gather import GatherLayer, all_gather_with_grad, concat_all_gather
 from .med import BertModel
 from .momentum import MomentumModel, hard_negatives
@@ -112,6 +116,8 @@ class BLIP_Retrieval(MomentumModel):
         return (loss_i2t + loss_t2i) / 2, loss_itm
 
 
-def blip_retrieval(pretrained="", allow_random=(), **kwargs) -> BLIP_Retrieval:
+def blip_retrieval(
+    pretrained: str | Path = "", allow_random: AllowRandom = (), **kwargs: Any
+) -> BLIP_Retrieval:
     """A retrieval model; see `load_complete`. Queues may be missing; momentum encoders then start as copies."""
     return load_complete(BLIP_Retrieval(**kwargs), pretrained, allow_random)

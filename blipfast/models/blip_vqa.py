@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from blipfast.text import init_tokenizer
 
 from .answers import answer_losses
 from .blip import load_complete, start_with, text_config, token_ids
+from .checkpoint import AllowRandom
 from .generation import generate
 from .med import BertConfig, BertLMHeadModel, BertModel
 from .packed import (
@@ -193,7 +197,7 @@ class BLIP_VQA(nn.Module):
         return top.gather(1, losses.argmin(1, keepdim=True)).squeeze(1)
 
 
-def blip_vqa(pretrained="", allow_random=(), **kwargs) -> BLIP_VQA:
+def blip_vqa(pretrained: str | Path = "", allow_random: AllowRandom = (), **kwargs: Any) -> BLIP_VQA:
     """A VQA model; see `load_complete` for `pretrained` and `allow_random`.
 
     With vit="large", a pre-trained decoder read 1024-wide image states: its cross-attention's keys and values do not
