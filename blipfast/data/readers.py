@@ -61,20 +61,30 @@ def _read_pairs(path: Path, root: Path) -> Iterator[Record]:
     """Entries {"image", "caption", perhaps "image_id"} of a JSON list or JSON lines."""
     if path.is_dir():
         raise ValueError(f"{path}: a folder, but this data.format needs a .json or .jsonl file.")
-    for value, entry in checked_entries(path, "pairs"):
-        yield Record(os.path.join(root, entry.pictures[0]), entry.texts, value.get("image_id"))
+    for line, value in read_entries(path):
+        image, caption = (value.get("image"), value.get("caption")) if type(value) is dict else (None, None)
+        # of a hundred million entries most are like this, and need not be looked at as closely
+        usual = type(image) is str and type(caption) is str and image.strip() and caption.strip()
+        if usual and "image_id" not in value:
+            yield Record(os.path.join(root, image), [caption], None)
+        else:
+            entry = _checked(path, line, value, "pairs", "train")
+            yield Record(os.path.join(root, entry.pictures[0]), entry.texts, value.get("image_id"))
 
 
 def checked_entries(
     path: Path, format: str, split: str = "train"
 ) -> Iterator[tuple[dict[str, Any], schemas.Entry]]:
     """Each entry of a JSON file, as it is and as `schemas` reads it; ValueError for a bad one, naming line and key."""
-    expected = schemas.FORMATS[format].expected
-    for line, value in read_entries(path, expected):
-        entry = schemas.read_entry(format, value, split)
-        if entry.problems:
-            raise ValueError(f"{path}:{line}: {entry.problems[0]}. {expected}.")
-        yield value, entry
+    for line, value in read_entries(path, schemas.FORMATS[format].expected):
+        yield value, _checked(path, line, value, format, split)
+
+
+def _checked(path: Path, line: int, value: Any, format: str, split: str) -> schemas.Entry:
+    entry = schemas.read_entry(format, value, split)
+    if entry.problems:
+        raise ValueError(f"{path}:{line}: {entry.problems[0]}. {schemas.FORMATS[format].expected}.")
+    return entry
 
 
 def read_entries(path: Path, expected: str = _EXPECTED) -> Iterator[tuple[int, Any]]:
