@@ -42,7 +42,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["blipfast", "blipfast.*"]), "blipfast.kernels"],
     package_dir={"blipfast.kernels": "kernels"},
-    package_data={"blipfast": ["py.typed", "assets/**", "models/*.json"], "blipfast.kernels": ["tables/*.json"]},
+    package_data={
+        "blipfast": ["py.typed", "assets/**", "models/*.json"],
+        "blipfast.kernels": ["tables/*.json"],
+    },
     install_requires=[
         "torch>=2.6",
         "numpy>=1.26",
