@@ -185,7 +185,7 @@ def attention_varlen(
 
 def _cast(*tensors: Tensor) -> list[Tensor]:
     """As autocast casts them, if they are floats at all."""
-    check_dtype(OP, backends.FLOATS, **{f"tensor {i + 1}": x for i, x in enumerate(tensors)})
+    check_dtype(OP, backends.FLOATS, **dict(zip(("query", "key", "value"), tensors)))
     dtype = autocast_dtype(tensors[0])
     return [x if dtype is None else x.to(dtype) for x in tensors]
 
