@@ -49,8 +49,6 @@ needs_int8 = pytest.mark.skipif(not steps, reason="torch has no int8 kernels for
 def kind(request) -> str:
     if request.param == "int8" and not steps:
         pytest.skip("torch has no int8 kernels for this processor")
-    if request.param == "int8 of GPUs" and steps < 127:
-        pytest.skip("torch._int_mm overflows on x86 without VNNI")
     return request.param
 
 
