@@ -111,7 +111,7 @@ FINE = aot.Resources(registers=64, shared=166912, spills=0, hmma=0, wgmma=0)
         (80, False, {}, None),
         (80, False, dict(shared=166913), "chip has 166912"),
         (90, False, dict(shared=232449), "chip has 232448"),
-        (90, False, dict(spills=8), "8 bytes of spills"),
+        (90, False, dict(spills=72), "72 bytes of spills"),
         (80, True, dict(hmma=4), None),
         (80, True, {}, "no mma"),
         (90, True, dict(hmma=4), "no wgmma"),
