@@ -187,11 +187,10 @@ def _forced(op: str) -> str | None:
 
 
 def _check_operations(names: Iterable[str]) -> None:
-    known = _registry.keys() | {
-        file.stem for file in table.FOLDER.glob("*.json")
-    }  # some may not be imported yet
     for name in names:
-        if name not in known:
+        # an operation that is not imported yet has a table
+        if name not in _registry and not (table.FOLDER / f"{name}.json").exists():
+            known = _registry.keys() | {file.stem for file in table.FOLDER.glob("*.json")}
             raise ValueError(f"{name!r} is no operation that has backends; there are {sorted(known)}")
 
 

@@ -10,7 +10,7 @@ CPU, int8. Decoding gains, where a step reads every weight for a few rows: the p
 rows, took 0.7 of their time in bf16 on a processor with AMX, and all of decoding 0.88. With AMX the image encoder, with
 hundreds of rows, is as fast in bf16 and keeps its precision. Without, it gains most: two cores of an EPYC do 1.8 T
 operations a second in int8, 0.85 T in bf16 and 0.2 T in fp32 by AVX2. Its attention, and cross-attention keys and
-values, are never int8. All of captioning: README's table.
+values, are never int8. All of captioning: benchmarks/README.md.
 
 GPU: not yet measured, hence no default. A count for an H200 (989 TFLOP/s in bf16, 1979 in fp8, 4.8 TB/s) says:
 - Decoding stays in bf16. A step of a base model reads 250 MB of weights in 52 us. Half the bytes would save 26 us, and
@@ -174,19 +174,23 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, scale = by_rows(x.reshape(-1, x.shape[-1]), self.dtype, LARGEST[self.dtype])
         weight, weight_scale = self.weight_bits.view(self.dtype).t(), self.scale_bits.view(torch.float32)
-        if not x.is_cuda:  # not every torch multiplies these there
-            y = q.float() @ weight.float() * scale * weight_scale
-            y = y if self.bias is None else y + self.bias
-        elif self.dtype == E4M3:
+        if x.is_cuda and self.dtype == E4M3:
             half = torch.bfloat16
             bias = None if self.bias is None else self.bias.to(half)
             y = torch._scaled_mm(q, weight, scale, weight_scale[None], bias=bias, out_dtype=half)
         else:
-            rows = len(q)
-            q = F.pad(q, (0, 0, 0, CUBLAS_ROWS - rows)) if rows < CUBLAS_ROWS else q
-            y = torch._int_mm(q, weight)[:rows] * scale * weight_scale
+            y = product(q, weight) * scale * weight_scale
             y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def product(q: Tensor, weight: Tensor) -> Tensor:
+    """q [T, D] times weight [D, F]: of int8 on a GPU, and of both dtypes on a CPU, where not every torch has them."""
+    if not q.is_cuda:
+        return q.float() @ weight.float()
+    rows = len(q)
+    q = F.pad(q, (0, 0, 0, CUBLAS_ROWS - rows)) if rows < CUBLAS_ROWS else q
+    return torch._int_mm(q, weight)[:rows]
 
 
 def quantize(model: nn.Module, precision: str = "int8", device: str | torch.device = "cpu") -> nn.Module:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .table import lookup
+from .table import buckets, lookup
 from .tiles import LOG2E, NEVER, aot_case
 
 
@@ -102,7 +102,7 @@ def aot_cases(arch: int) -> list[AotCase]:
     for dtype, D in [("bf16", 64), ("fp16", 32), ("bf16", 128), ("fp32", 64)]:
         types = dict.fromkeys(("qkv_ptr", "cache_ptr", "o_ptr"), f"*{dtype}") | pointers | integers | strides
         constants = {"D": D, "PRECISION": "ieee"}
-        config = lookup("cached_attention", arch, "float32" if dtype == "fp32" else f"D={D}")
+        config = lookup("cached_attention", arch, *buckets(f"D={D}", dtype == "fp32"))
         cores = False if dtype == "fp32" else "mma"
         types |= {"scale": "fp32"}
         found.append(aot_case(f"{dtype} D={D}", _cached_attention, types, constants, config, cores))

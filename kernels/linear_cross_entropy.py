@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .table import lookup
+from .table import buckets, lookup
 from .tiles import LN2, LOG2E, NEVER, aot_case
 
 
@@ -104,7 +104,7 @@ def aot_cases(arch: int) -> list[AotCase]:
     types |= {"smoothing": "fp32"}
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
-        config = lookup("linear_cross_entropy", arch, "float32" if dtype == "fp32" else "softmax")
+        config = lookup("linear_cross_entropy", arch, *buckets("softmax", dtype == "fp32"))
         for bias in (dtype, "fp32") if dtype != "fp32" else (dtype,):
             signature = types | {"logits_ptr": f"*{dtype}", "bias_ptr": f"*{bias}"}
             name = f"{dtype} logits, {bias} bias"

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .table import lookup
+from .table import buckets, lookup
 from .tiles import aot_case, cdiv, gelu_slope, halves, normal_cdf
 
 
@@ -161,8 +161,10 @@ def aot_cases(arch: int) -> list[AotCase]:
     sizes = {"M": "i32", "N": "i32:16", "K": "i32:16"}
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
-        cores, first = dtype != "fp32", ("float32",) if dtype == "fp32" else ()
-        forward, backward = (lookup("mlp", arch, *first, bucket) for bucket in ("forward", "backward"))
+        cores = dtype != "fp32"
+        forward, backward = (
+            lookup("mlp", arch, *buckets(kind, not cores)) for kind in ("forward", "backward")
+        )
         h = f"*{dtype}"
         shared = {"EVEN_K": True, "PRECISION": "ieee"}
         for keep in (True, False):

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .table import lookup
+from .table import buckets, lookup
 from .tiles import aot_case, cdiv, halves
 
 
@@ -186,9 +186,9 @@ def aot_cases(arch: int) -> list[AotCase]:
         ("bf16", "bf16", "bf16"), ("bf16", "fp32", "bf16"), ("bf16", "fp32", "fp32"), ("bf16", "u8", "bf16"),
         ("fp16", "fp16", "fp16"), ("fp16", "u8", "fp16"), ("fp32", "fp32", "fp32"),
     ]:  # fmt: skip
-        cores, first = dtype != "fp32", ("float32",) if dtype == "fp32" else ()
+        cores = dtype != "fp32"
         forward, backward = (
-            lookup("patch_embed", arch, *first, bucket) for bucket in ("forward", "backward")
+            lookup("patch_embed", arch, *buckets(kind, not cores)) for kind in ("forward", "backward")
         )
         parameters = {
             "w_ptr": f"*{dtype}",

@@ -26,6 +26,12 @@ def lookup(op: str, arch: int, *buckets: str) -> MappingProxyType[str, Any]:
     return _entry(op, arch, *buckets)[0]
 
 
+def buckets(bucket: str, fp32: bool) -> tuple[str, ...]:
+    """Where to look: fp32 may have a bucket of its own, "float32", because tiles of matrix products take twice the
+    shared memory then."""
+    return ("float32", bucket) if fp32 else (bucket,)
+
+
 @functools.cache
 def wins(op: str, arch: int, bucket: str = "default") -> bool:
     """Whether the kernel is to be used by default there; False where it has no table or the GPU is older than sm_80."""

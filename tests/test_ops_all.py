@@ -112,26 +112,26 @@ class StridedLeaf(torch.autograd.Function):
         return grad
 
 
-def near(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
+def assert_near(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
     """As bf16 rounds."""
     for a, b in zip(got, want, strict=True):
         assert (a.float() - b).norm() <= 0.03 * b.norm() + 1e-3
 
 
-def close(got: list[Tensor], want: list[Tensor]) -> None:
+def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_strided_tensors_give_what_contiguous_ones_do(op, backend):
-    close(run(*op, change=strided_leaf), run(*op))
+    assert_same(run(*op, change=strided_leaf), run(*op))
 
 
 def test_strided_tensors_without_gradients_too(op, backend):
     function, learnt, given = op
     with torch.no_grad():
         got, want = (function(*map(change, [*learnt, *given])) for change in (strided, torch.clone))
-    close([got], [want])
+    assert_same([got], [want])
 
 
 def test_backward_may_run_under_autocast_though_forward_did_not(op, backend):
@@ -141,7 +141,7 @@ def test_backward_may_run_under_autocast_though_forward_did_not(op, backend):
     out = function(*leaves, *given)
     weight = torch.linspace(-1, 2, out.numel()).view(out.shape)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        near(torch.autograd.grad(out, leaves, weight), want[1:])
+        assert_near(torch.autograd.grad(out, leaves, weight), want[1:])
 
 
 def test_a_second_derivative_of_a_kernel_is_refused(op, triton):
@@ -155,4 +155,4 @@ def test_a_second_derivative_of_a_kernel_is_refused(op, triton):
 def test_autocast_costs_what_bf16_rounds(op):
     want = run(*op)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        near(run(*op), want)
+        assert_near(run(*op), want)

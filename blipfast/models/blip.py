@@ -7,7 +7,7 @@ Beyond them, `vit` may be a mapping {width, depth, heads, patch_size}, `med_conf
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ def token_ids(
     return tokenizer(as_list(texts), truncation=True, max_length=most).input_ids
 
 
+def check_pairs(images: Tensor, texts: Sequence) -> None:
+    """Raises ValueError unless there are as many texts as pictures."""
+    if len(texts) != len(images):
+        raise ValueError(f"{len(images)} pictures need {len(images)} captions, got {len(texts)}.")
+
+
 def start_with(input_ids: Tensor, token: int) -> Tensor:
     """A copy whose first token, [CLS], is `token`: [ENC] for the image-grounded encoder, [DEC] for the decoder."""
     input_ids = input_ids.clone()
@@ -94,8 +100,7 @@ class BLIP_Base(nn.Module):
         if mode == "text":
             out = self.text_encoder(text.input_ids, attention_mask=text.attention_mask, mode="text")
             return out.last_hidden_state
-        if len(image) != len(text.input_ids):
-            raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(text.input_ids)}.")
+        check_pairs(image, text.input_ids)
         out = self.text_encoder(
             start_with(text.input_ids, self.tokenizer.enc_token_id),
             attention_mask=text.attention_mask,
@@ -146,8 +151,7 @@ class BLIP_Decoder(nn.Module):
     def forward(self, image: Tensor, caption: str | list[str]) -> Tensor:
         """Label-smoothed LM loss, mean over the tokens after the prompt. Captions are cut at 40 tokens."""
         texts = token_ids(self.tokenizer, caption, self.text_decoder.config, most=40)
-        if len(texts) != len(image):
-            raise ValueError(f"{len(image)} pictures need {len(image)} captions, got {len(texts)}.")
+        check_pairs(image, texts)
         text = Ragged.of(texts, image.device, self.tokenizer.bos_token_id)
         part = language_part(self.text_decoder, text, self.prompt_length)
         images = image_states(self.text_decoder.bert.encoder, self.visual_encoder(image))

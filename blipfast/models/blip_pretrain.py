@@ -13,7 +13,7 @@ from blipfast.ops.contrastive import contrastive_loss
 from blipfast.text import init_tokenizer
 
 from . import gather
-from .blip import text_config, token_ids
+from .blip import check_pairs, text_config, token_ids
 from .checkpoint import load_bert, load_vit
 from .med import BertLMHeadModel, BertModel
 from .momentum import MomentumModel, hard_negatives
@@ -90,8 +90,7 @@ class BLIP_Pretrain(MomentumModel):
 
     def forward(self, image: Tensor, caption, alpha: float, return_dict: bool = False):
         B, device = len(image), image.device
-        if len(caption) != B:
-            raise ValueError(f"{B} pictures need {B} captions, got {len(caption)}.")
+        check_pairs(image, caption)
         self.begin_forward()
         texts = token_ids(self.tokenizer, caption, self.text_encoder.config, self.max_tokens)
         text = Ragged.of(texts, device)

@@ -29,12 +29,11 @@ def image_memory(encoder: BertEncoder, image_embeds: Tensor, mask: Tensor | None
     as_tokens = rows * (H * N * D_v + D * D_v)
     as_keys = N * D * D_v + rows * N * D
     blocks = [layer.crossattention.self for layer in encoder.layer]
-    image_embeds = in_dtype_of(blocks[0].key, image_embeds)
-    plain = is_plain(*(layer for block in blocks for layer in (block.key, block.value)))
+    layers = (layer for block in blocks for layer in (block.key, block.value))
     slow = image_embeds.device.type != "cpu" or torch.is_autocast_enabled("cpu") or as_tokens >= as_keys
-    if slow or not plain:
+    if slow or not is_plain(*layers):
         return KeysValues(image_states(encoder, image_embeds, mask))
-    return Tokens(image_embeds, mask)
+    return Tokens(in_dtype_of(blocks[0].key, image_embeds), mask)
 
 
 class ImageMemory:

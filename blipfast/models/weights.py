@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from blipfast.files import whole
+
 from .download import fetch, is_hub_name, is_url
 from .huggingface import to_official
 from .tensor_file import write_tensors
@@ -193,18 +195,13 @@ def save_weights(state: dict[str, Tensor], path: str | Path, metadata: dict[str,
     The file appears whole or not at all.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
     state = {key: value.detach().cpu() for key, value in state.items()}
-    try:
+    with whole(path) as unfinished:
         if path.suffix == ".safetensors":
             unique, tied = untie(state)
-            write_tensors(partial, unique, {"format": "pt", "tied": json.dumps(tied), **(metadata or {})})
+            write_tensors(unfinished, unique, {"format": "pt", "tied": json.dumps(tied), **(metadata or {})})
         else:
-            torch.save({"model": state, **(metadata or {})}, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            torch.save({"model": state, **(metadata or {})}, unfinished)
     return path
 
 

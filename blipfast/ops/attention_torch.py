@@ -84,10 +84,8 @@ class Dropped(torch.autograd.Function):
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float) -> Tensor:
     """`scaled_dot_product_attention`, by whichever of its backends PyTorch prefers."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask is not None and mask.dtype not in (
-        torch.bool,
-        q.dtype,
-    ):  # it takes no other; fp32's least is not -inf
+    # it takes no other dtype; and fp32's least number must not become -inf
+    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return out.transpose(1, 2)

@@ -15,14 +15,11 @@ from ..kernels import table
 
 
 def tuned(op: str, bucket: str, tensor: Tensor, interpreted: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table's configuration for the GPU that holds `tensor`, a float; on a CPU, `interpreted`.
-
-    fp32 may have a bucket of its own, "float32": tiles of matrix products take twice the shared memory then.
-    """
+    """The table's configuration for the GPU that holds `tensor`, a float; on a CPU, `interpreted`."""
     if not tensor.is_cuda:
         return interpreted
-    buckets = ("float32", bucket) if tensor.dtype == torch.float32 else (bucket,)
-    return table.lookup(op, backends.arch(tensor.device.index), *buckets)
+    where = table.buckets(bucket, tensor.dtype == torch.float32)
+    return table.lookup(op, backends.arch(tensor.device.index), *where)
 
 
 def input_precision() -> str:
